@@ -1,0 +1,68 @@
+# Everything runs in .venv, which the first target that needs it creates from the package index.
+PYTHON ?= python3
+OUT ?= out
+JOB ?= examples/digits_dit/job.py
+TARGET ?= htp{soc=sm8750}
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+PEERS := .venv-peers/installed
+EXAMPLES := $(sort $(dir $(wildcard examples/*/job.py)))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types unit format bench bench-compile build clean
+# Half a stamp file or half a download must not count as made.
+.DELETE_ON_ERROR:
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Create .venv with fraqat, the HTP compiler and the development tools
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11. Name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "setuptools>=77"
+	$(BIN)/pip install --quiet --editable '.[htp,dev]'
+	$(BIN)/pip check
+	@touch $@
+
+demo: $(INSTALLED) ## Compile the digits diffusion transformer to W4A8 for the Snapdragon 8 Elite
+	$(BIN)/fraqat compile examples/digits_dit/job.py -o $(OUT)/demo --target 'htp{soc=sm8750}'
+
+test: lint types unit ## Run every check that CI runs
+
+lint: $(INSTALLED) ## Check style (ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED) ## Check types (mypy --strict)
+	$(BIN)/mypy
+	@set -e; for folder in $(EXAMPLES); do echo "mypy $$folder"; $(BIN)/mypy $$folder; done
+
+unit: $(INSTALLED) ## Run the tests (pytest)
+	$(BIN)/pytest
+
+format: $(INSTALLED) ## Rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) $(PEERS) ## Time the QAT train step beside fp32 and the other toolkits
+	$(BIN)/python tools/benchmark_train_step.py --peers .venv-peers
+
+$(PEERS): tools/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	$(foreach peer,$(shell cat tools/peers.txt),-.venv-peers/bin/pip install --quiet $(peer);)
+	@touch $@
+
+bench-compile: $(INSTALLED) ## Time each phase of compiling JOB for TARGET, with its peak memory
+	$(BIN)/python tools/benchmark_compile.py $(JOB) --target '$(TARGET)'
+
+build: $(INSTALLED) ## Build the wheel and the source archive into dist/
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")'
+
+clean: ## Remove everything that make made
+	rm -rf .venv .venv-peers $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
