@@ -1,0 +1,192 @@
+"""Capture: a PyTorch model and example inputs become one FX graph of functional ATen calls.
+
+The graph's weights are `get_attr` nodes under the user's own parameter names, and every node knows the user's module
+and source line it came from. The model is captured in eval mode and is not changed; its tensors are shared, not copied.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._decomp import get_decompositions
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from fraqat_compiler.errors import CaptureError, DataError, UsageError
+
+Tracer = Literal["export", "symbolic_trace"]
+TRACERS: tuple[Tracer, ...] = ("export", "symbolic_trace")
+
+# Recurrent nets have no quantizable form as one op: they are unrolled over time into linear layers and gates.
+_UNROLLED = (
+    torch.ops.aten.lstm.input,
+    torch.ops.aten.gru.input,
+    torch.ops.aten.rnn_tanh.input,
+    torch.ops.aten.rnn_relu.input,
+)
+LONGEST_UNROLL = 512
+
+_REMEDIES = (
+    (
+        ("data-dependent", "GuardOnDataDependent", "guard on", "Eq(u", "data dependent"),
+        "The graph must not depend on values of tensors: replace the Python branch or loop by torch.where or masking, "
+        "or pass the decision as a Python constant.",
+    ),
+    (("numpy",), "Replace NumPy calls on tensors by torch functions."),
+    (("nonzero", "unbacked", "boolean"), "Replace ops whose output size depends on values (nonzero, boolean masks)."),
+    (("Proxy", "symbolically traced"), 'Use the default tracer "export", which runs Python control flow.'),
+    (("inplace", "in-place", "mutat"), "Avoid in-place changes of inputs or buffers in forward()."),
+)
+_DEFAULT_REMEDY = "Check that model(*example_inputs) uses torch ops only; torch.export's own message is above."
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    tracer: Tracer = "export",
+) -> GraphModule:
+    """Capture `model` on example inputs.
+
+    Args:
+        model: any module; captured in eval mode, its training flags are restored.
+        args, kwargs: example inputs; tensors, or tuples, lists and dicts of them. Their shapes become the graph's.
+        tracer: "export" (torch.export), or "symbolic_trace" to trace the Python code first by torch.fx, which keeps
+            no values of example inputs but cannot follow control flow.
+
+    Returns:
+        GraphModule called like the model, with `get_attr` nodes for weights and `meta["val"]` on every node.
+
+    Raises:
+        DataError: the example inputs do not fit the model.
+        CaptureError: the model cannot be captured, or holds NaN or infinite weights; with the user's source line.
+    """
+    if tracer not in TRACERS:
+        raise UsageError(f"unknown tracer {tracer!r}.", f"Known: {', '.join(TRACERS)}.")
+    kwargs = dict(kwargs or {})
+    _refuse_broken_weights(model)
+    with _eval_mode(model), torch.no_grad():
+        _try_example_inputs(model, args, kwargs)
+        traced = _symbolic_trace(model) if tracer == "symbolic_trace" else model
+        return _export(traced, args, kwargs)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
+    try:
+        program = torch.export.export(model, args, kwargs, strict=False)
+        _refuse_long_unrolling(program.graph_module)
+        program = program.run_decompositions(dict(get_decompositions(_UNROLLED)))
+    except CaptureError:
+        raise
+    except Exception as error:  # torch.export raises whatever the model's code raises
+        raise _capture_error(error) from error
+    return _as_graph_module(program)
+
+
+def _as_graph_module(program: torch.export.ExportedProgram) -> GraphModule:
+    """The program with its weights as attributes, without the guard code that newer releases add."""
+    guards = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
+    graph_module = program.module(**guards)
+    assert isinstance(graph_module, GraphModule)
+    for node in list(graph_module.graph.nodes):
+        if node.op in ("get_attr", "call_module") and not node.users:
+            graph_module.graph.erase_node(node)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def _symbolic_trace(model: nn.Module) -> GraphModule:
+    try:
+        return torch.fx.symbolic_trace(model)
+    except Exception as error:  # the tracer runs the user's code on proxies
+        raise _capture_error(error) from error
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+def _refuse_broken_weights(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type == "meta" or not tensor.is_floating_point():
+            continue
+        if torch.isnan(tensor).any() or (isinstance(tensor, nn.Parameter) and torch.isinf(tensor).any()):
+            raise CaptureError(
+                f"the model's tensor {name!r} holds NaN or infinite values.", "Load a checkpoint with finite weights."
+            )
+
+
+def _try_example_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        model(*args, **kwargs)
+    except Exception as error:  # whatever forward() raises on inputs that do not fit
+        raise DataError(
+            f"the model does not run on its example inputs ({describe_inputs(args, kwargs)}): "
+            f"{_first_line(error)}{_user_location(error)}.",
+            "Make example_inputs() return what forward() takes.",
+        ) from error
+
+
+def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Types and shapes of inputs in one line, for messages."""
+    parts = [_describe(value) for value in args] + [f"{name}={_describe(value)}" for name, value in kwargs.items()]
+    return ", ".join(parts) or "no inputs"
+
+
+def _describe(value: Any) -> str:
+    leaves = pytree.tree_leaves(value)
+    if len(leaves) == 1 and isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if leaves and leaves[0] is not value:
+        return f"{type(value).__name__} of {', '.join(_describe(leaf) for leaf in leaves)}"
+    return repr(value)
+
+
+def _refuse_long_unrolling(graph_module: GraphModule) -> None:
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or node.target not in _UNROLLED:
+            continue
+        batch_first = bool(node.args[-1])
+        steps = node.args[0].meta["val"].shape[1 if batch_first else 0]
+        if steps > LONGEST_UNROLL:
+            raise CaptureError(
+                f"{node.target} over {steps} time steps would unroll into more than {LONGEST_UNROLL} copies.",
+                f"Give example inputs of at most {LONGEST_UNROLL} steps, or keep the recurrent part outside the model.",
+            )
+
+
+def _capture_error(error: Exception) -> CaptureError:
+    text = f"{type(error).__name__} {error}"
+    remedy = next((remedy for keys, remedy in _REMEDIES if any(key in text for key in keys)), _DEFAULT_REMEDY)
+    return CaptureError(f"the model cannot be captured{_user_location(error)}: {_first_line(error)}.", remedy)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}".rstrip(".")
+
+
+def _user_location(error: Exception) -> str:
+    """` at file.py:12 (code)` of the deepest frame outside torch and this package; empty when there is none."""
+    inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(inside)]
+    own = [frame for frame in frames if "<" not in frame.filename]
+    if not own:
+        return ""
+    return f" at {Path(own[-1].filename).name}:{own[-1].lineno} (`{own[-1].line}`)"
