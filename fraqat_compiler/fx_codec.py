@@ -1,9 +1,9 @@
 """Values of an FX graph as JSON and back, without pickle and without running anything.
 
-What JSON has no form for is an object with one key: `{"node": "add_1"}`, `{"tuple": [...]}`, `{"dict": [[key, value]]}`,
-`{"slice": [...]}`, `{"float": "inf"}`, `{"dtype": "float32"}`, `{"device": "cpu"}`, `{"memory_format": ...}`,
-`{"layout": ...}`. Functions are named and looked up, never imported: registered torch operators, and the few Python
-functions listed here.
+What JSON has no form for is an object with one key: `{"node": "add_1"}`, `{"tuple": [...]}`,
+`{"dict": [[key, value], ...]}`, `{"slice": [...]}`, `{"float": "inf"}`, `{"dtype": "float32"}`,
+`{"device": "cpu"}`, `{"memory_format": ...}`, `{"layout": ...}`. Functions are named and looked up, never imported:
+registered torch operators, and the few Python functions listed here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OPERATOR = re.compile(r"(?!aten\.from_file\.)[A-Za-z]\w*\.\w+\.\w+")  # from_fi
 _PYTHON_FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{
         f"operator.{name}": getattr(operator, name)
-        for name in "getitem add sub mul truediv floordiv mod neg pos eq ne lt le gt ge and_ or_ not_".split()
+        for name in ("getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "eq", "ne", "lt", "le")
     },
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
     **{f"torch.{name}": getattr(torch, name) for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not")},
@@ -109,11 +109,12 @@ def _decode_constant(word: str, content: Any) -> Any:
 
 
 def encode_dtype(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def decode_dtype(name: str) -> torch.dtype:
-    """Raises KeyError for a name that is no dtype."""
+    """The dtype of a name; raises KeyError for a name that is no dtype."""
     dtype: torch.dtype = _CONSTANTS["dtype"][name]
     return dtype
 

@@ -130,9 +130,7 @@ class PassManager:
             raise
 
 
-def _run_pass(
-    step: Pass, model: Any, ctx: PassContext, instruments: Sequence[Instrument]
-) -> tuple[Any, PassRecord]:
+def _run_pass(step: Pass, model: Any, ctx: PassContext, instruments: Sequence[Instrument]) -> tuple[Any, PassRecord]:
     for instrument in instruments:
         instrument.before_pass(step, model)
     nodes_before = node_count(model)

@@ -1,9 +1,9 @@
-"""Pipeline text, the one grammar that passes and targets share.
+r"""Pipeline text, the one grammar that passes and targets share.
 
     pipeline = item ("," item)*          insert-fake-quant{weights=4 skip="a b"},export-onnx
     item     = name ("{" option* "}")?   htp{soc=sm8750 vtcm-mb=8}
     option   = name "=" value
-    value    = characters other than blanks, braces and quotes, or "quoted" with the escapes \\" and \\\\
+    value    = characters other than blanks, braces and quotes, or "quoted" with the escapes \" and \\
 
 Options are the fields of a frozen dataclass: `vtcm-mb` is the field `vtcm_mb`, and its type converts the value.
 Printing leaves defaults out, and what it prints parses back to an equal object.
@@ -76,7 +76,6 @@ class _Scanner:
     def position(self) -> Position:
         return Position(self.text, self.offset)
 
-    @property
     def at_end(self) -> bool:
         return self.offset == len(self.text)
 
@@ -102,7 +101,7 @@ class _Scanner:
         return match.group()
 
     def error(self, problem: str) -> PipelineSyntaxError:
-        found = "the end of the text" if self.at_end else f"{self.text[self.offset]!r}"
+        found = "the end of the text" if self.at_end() else f"{self.text[self.offset]!r}"
         return PipelineSyntaxError(self.position.pointing(f"{problem}, found {found}:"))
 
 
@@ -113,13 +112,13 @@ def parse(text: str) -> tuple[Item, ...]:
         PipelineSyntaxError: the text does not follow the grammar; the message points at the place.
     """
     scanner = _Scanner(text)
-    if scanner.at_end:
+    if scanner.at_end():
         return ()
     items = [_item(scanner)]
     while scanner.accept(","):
         scanner.skip_blanks()
         items.append(_item(scanner))
-    if not scanner.at_end:
+    if not scanner.at_end():
         raise scanner.error('expected "," or the end of the text')
     return tuple(items)
 

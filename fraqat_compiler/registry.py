@@ -26,6 +26,8 @@ BUILT_IN_OWNER = "fraqat_compiler"
 BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
     "passes": {
         "remove-no-ops": "fraqat_compiler.passes.remove_no_ops:RemoveNoOps",
+        "fold-constants": "fraqat_compiler.passes.fold_constants:FoldConstants",
+        "clip-masks": "fraqat_compiler.passes.clip_masks:ClipMasks",
         "fold-batch-norm": "fraqat_compiler.passes.fold_batch_norm:FoldBatchNorm",
         "decompose-attention": "fraqat_compiler.passes.decompose_attention:DecomposeAttention",
         "insert-fake-quant": "fraqat_compiler.passes.insert_fake_quant:InsertFakeQuant",

@@ -169,8 +169,8 @@ class Output(NamedTuple):
 
 
 class NamedOutput(nn.Module):
-    def forward(self, input: Tensor) -> Output:
-        return Output(input.sqrt(), torch.softmax(input, -1))
+    def forward(self, max: Tensor) -> Output:  # noqa: A002 - FX renames arguments that shadow builtins
+        return Output(max.sqrt(), torch.softmax(max, -1))
 
 
 def test_a_named_tuple_comes_back_as_a_tuple(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_what_cannot_be_stored_is_named(graph: fx.GraphModule, tmp_path: Path) -
         save_graph(graph, tmp_path)
     graph.add_submodule("act", nn.GELU())
     gelu.op, gelu.target = "call_module", "act"
-    with pytest.raises(VerificationError, match="'act' of class torch.nn"):
+    with pytest.raises(VerificationError, match="'act' of class torch"):
         save_graph(graph, tmp_path)
 
 

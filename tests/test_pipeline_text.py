@@ -34,7 +34,7 @@ def built(text: str) -> Sample:
     return build(Sample, parse_one(text, "a sample").options)
 
 
-def options(item: Item) -> dict[str, str]:
+def raw_options(item: Item) -> dict[str, str]:
     return {option.name: option.value for option in item.options}
 
 
@@ -42,7 +42,7 @@ def test_items_keep_names_and_raw_options() -> None:
     text = ' a{x=1 y-z=4,lm_head=8 q="a \\"b\\" \\\\ {c}"} , b-c{ },d '
     first, second, third = parse(text)
     assert (first.name, second.name, third.name) == ("a", "b-c", "d")
-    assert options(first) == {"x": "1", "y-z": "4,lm_head=8", "q": 'a "b" \\ {c}'}
+    assert raw_options(first) == {"x": "1", "y-z": "4,lm_head=8", "q": 'a "b" \\ {c}'}
     assert second.options == () and third.position.offset == text.index("d ")
 
 
@@ -88,9 +88,8 @@ def test_one_item_is_neither_none_nor_two() -> None:
 
 
 def test_values_take_the_type_of_their_field() -> None:
-    text = (
-        "sample-pass{weights=4,lm_head=8 bits=5.5 steps=3 strict=true skip=a.b,*.c sizes=4 vtcm-mb=2 mode=slow opset=22}"
-    )
+    options = "weights=4,lm_head=8 bits=5.5 steps=3 strict=true skip=a.b,*.c sizes=4 vtcm-mb=2 mode=slow opset=22"
+    text = f"sample-pass{{{options}}}"
     sample = built(text)
     assert sample == Sample("4,lm_head=8", 5.5, 3, True, ("a.b", "*.c"), (4,), 2, "slow", 22)
     assert to_text(sample) == text
