@@ -1,0 +1,92 @@
+"""Calibration: activation ranges from data that runs through the float graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fraqat_compiler import fx_graph
+from fraqat_compiler.errors import DataError
+from fraqat_compiler.fake_quant import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
+
+Batch = tuple[Any, ...] | list[Any] | Mapping[str, Any] | torch.Tensor
+
+
+def run_batch(model: Callable[..., Any], batch: Batch) -> Any:
+    """Call a model on a batch: a tuple of positional or a dict of keyword inputs, or one tensor."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, torch.Tensor):
+        return model(batch)
+    return model(*batch)
+
+
+def calibrate(graph: GraphModule, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None) -> int:
+    """Find the range of every activation, and of every tensor that the graph owns.
+
+    The data runs through the graph in float: no quantizer's error reaches the ranges of the next.
+
+    Args:
+        graph: output of `insert-fake-quant`.
+        batches: calibration data, each batch as `run_batch` takes it.
+        on_batch: called with the number of batches done.
+
+    Returns:
+        How many batches ran.
+
+    Raises:
+        DataError: no batch, or NaN or infinite values in one (naming batch and tensor).
+    """
+    activations = {name: m for name, m in graph.named_modules() if isinstance(m, ActivationFakeQuantize)}
+    count = 0
+    with float_weights(graph), torch.no_grad():
+        for module in activations.values():
+            module.start_calibration()
+        for batch in batches:
+            _observe(graph, batch, count)
+            count += 1
+            if on_batch:
+                on_batch(count)
+        if not count:
+            raise DataError("the calibration data is empty.", "Let calibration_data() yield at least one batch.")
+        for module in activations.values():
+            module.finish_calibration()
+    update_weight_ranges(graph)
+    return count
+
+
+def _observe(graph: GraphModule, batch: Batch, index: int) -> None:
+    try:
+        run_batch(graph, batch)
+    except DataError as error:
+        raise DataError(f"calibration batch {index}: {error.message}", error.remedy) from error
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"calibration batch {index} does not run through the captured graph: {str(error).splitlines()[0]}",
+            "Every batch needs the structure, shapes and types of example_inputs().",
+        ) from error
+
+
+@contextmanager
+def float_weights(graph: GraphModule) -> Iterator[None]:
+    """Let weights, biases and constants pass in float."""
+    owned = [m for m in graph.modules() if isinstance(m, FakeQuantize) and not isinstance(m, ActivationFakeQuantize)]
+    for module in owned:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in owned:
+            module.enabled = True
+
+
+def update_weight_ranges(graph: GraphModule) -> None:
+    """Take every weight quantizer's scale from its tensor now, without a forward."""
+    for node in graph.graph.nodes:
+        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, WeightFakeQuantize) and not module.frozen:
+            module.update_range(fx_graph.get_tensor(graph, str(node.args[0].target)).detach())

@@ -1,0 +1,176 @@
+"""Parity: how far a file's outputs, or a target's, are from the fake-quantized torch graph's, on the same inputs.
+
+Distances are counted in LSB, steps of the output's own quantizer: cosine alone hides a wrong slope.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from fraqat_compiler.errors import VerificationError
+from fraqat_compiler.fake_quant import ActivationFakeQuantize
+from fraqat_compiler.ops import is_pass_through
+from fraqat_compiler.target import Arrays
+
+Runner = Callable[[Arrays], Arrays]
+# Rounding of float32 sums differs between kernels; a value at a tie may fall to either side, never further.
+LSB_TOLERANCE = 1.0
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Distance between two sets of outputs.
+
+    Attributes:
+        max_lsb: greatest distance in steps of the output's quantizer; None where no output has one.
+        mean_lsb: mean distance in steps; None likewise.
+        max_abs: greatest absolute distance.
+        cosine: least cosine between two outputs.
+        slope: least-squares factor from reference to actual, of the output where it is furthest from 1.
+        samples: inputs compared.
+    """
+
+    max_lsb: float | None
+    mean_lsb: float | None
+    max_abs: float
+    cosine: float
+    slope: float
+    samples: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def compare(references: Sequence[Arrays], actuals: Sequence[Arrays], scales: Mapping[str, float | None]) -> Parity:
+    """Compare outputs by name over several inputs.
+
+    Args:
+        references, actuals: one mapping of output name to array for each input.
+        scales: step of each output's quantizer; None for a float output.
+
+    Raises:
+        VerificationError: a missing output, another shape, or NaN where the reference has none.
+    """
+    parts = [
+        _compare_one(name, reference[name], _output(actual, name, reference[name]), scales.get(name))
+        for reference, actual in zip(references, actuals, strict=True)
+        for name in reference
+        if np.issubdtype(reference[name].dtype, np.floating)
+    ]
+    steps = [part.max_lsb for part in parts if part.max_lsb is not None]
+    means = [part.mean_lsb for part in parts if part.mean_lsb is not None]
+    return Parity(
+        max_lsb=max(steps) if steps else None,
+        mean_lsb=float(np.mean(means)) if means else None,
+        max_abs=max((part.max_abs for part in parts), default=0.0),
+        cosine=min((part.cosine for part in parts), default=1.0),
+        slope=max((part.slope for part in parts), key=lambda slope: abs(slope - 1), default=1.0),
+        samples=len(references),
+    )
+
+
+def _output(actual: Arrays, name: str, reference: Any) -> Any:
+    if name not in actual:
+        raise VerificationError(f"output {name!r} is missing; there are {', '.join(actual)}.")
+    if actual[name].shape != reference.shape:
+        raise VerificationError(f"output {name!r} has shape {actual[name].shape} instead of {reference.shape}.")
+    if np.isnan(actual[name]).any() and not np.isnan(reference).any():
+        raise VerificationError(f"output {name!r} holds NaN where the reference has none.")
+    return actual[name]
+
+
+def _compare_one(name: str, reference: Any, actual: Any, scale: float | None) -> Parity:
+    first, second = reference.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
+    distance = np.abs(first - second)
+    norms = float(np.linalg.norm(first) * np.linalg.norm(second))
+    energy = float(first @ first)
+    return Parity(
+        max_lsb=float(distance.max(initial=0.0) / scale) if scale else None,
+        mean_lsb=float(distance.mean() / scale) if scale and distance.size else None,
+        max_abs=float(distance.max(initial=0.0)),
+        cosine=float(first @ second) / norms if norms else float(np.array_equal(first, second)),
+        slope=float(first @ second) / energy if energy else 1.0,
+        samples=1,
+    )
+
+
+def output_scales(graph: GraphModule) -> list[float | None]:
+    """Step of the quantizer of each output of a frozen graph, in flattened order; None for a float output."""
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    leaves = [leaf for leaf in pytree.tree_leaves(output.args[0]) if isinstance(leaf, Node)]
+    return [_scale_of(graph, leaf) for leaf in leaves]
+
+
+def _scale_of(graph: GraphModule, node: Node) -> float | None:
+    while is_pass_through(node) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return float(module.scale) if isinstance(module, ActivationFakeQuantize) and not module.spec.dynamic else None
+
+
+def flat_inputs(batch: Any) -> list[Tensor]:
+    """The tensors of a batch (tuple, dict or tensor) in the order of the graph's inputs."""
+    return [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def name_arrays(names: Sequence[str], tensors: Sequence[Tensor]) -> Arrays:
+    """NumPy arrays by name.
+
+    Raises:
+        VerificationError: as many names as tensors are expected.
+    """
+    if len(names) != len(tensors):
+        raise VerificationError(f"the graph has {len(names)} inputs or outputs, {len(tensors)} tensors were given.")
+    return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+
+
+def onnx_runner(model: Path, *, optimized: bool) -> Runner:
+    """A function that runs an ONNX file on the host CPU, with ORT's default graph optimizations or with none."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+
+
+class TorchRunner:
+    """Makes a runner over named arrays callable like the captured model: tensors in, the same structure out.
+
+    Attributes:
+        graph: the captured graph whose calling convention is followed.
+        runner: what computes.
+        inputs, outputs: names of the file's inputs and outputs.
+    """
+
+    def __init__(self, graph: GraphModule, runner: Runner, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        self.runner = runner
+        self.inputs, self.outputs = list(inputs), list(outputs)
+        self._argument_order = getattr(graph.graph._codegen, "pytree_info", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        info = self._argument_order
+        ordered = (args, self._in_signature_order(kwargs))
+        results = self.runner(name_arrays(self.inputs, flat_inputs(ordered)))
+        tensors = [torch.from_numpy(np.ascontiguousarray(results[name])) for name in self.outputs]
+        return pytree.tree_unflatten(tensors, info.out_spec) if info is not None else tensors[0]
+
+    def _in_signature_order(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword inputs in the order in which they were captured."""
+        info = self._argument_order
+        if info is None or not kwargs:
+            return kwargs
+        order = info.in_spec.children()[1].context or []
+        return {name: kwargs[name] for name in [*order, *(set(kwargs) - set(order))] if name in kwargs}
