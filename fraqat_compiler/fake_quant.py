@@ -94,6 +94,15 @@ class WeightFakeQuantize(FakeQuantize):
         self._fitted_bit_width: float | None = None
         self.register_buffer("clip_ratio", torch.ones(scale_shape))
 
+    def to_config(self) -> dict[str, Any]:
+        return super().to_config() | {"frozen": self.frozen}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> WeightFakeQuantize:
+        module = cls(QuantSpec(**config["spec"]), config["role"], tuple(config["scale_shape"]))
+        module.frozen = config["frozen"]
+        return module
+
     def forward(self, weight: Tensor) -> Tensor:
         if not self.enabled:
             return weight

@@ -248,6 +248,8 @@ def _describe_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
         described["nn_module_stack"] = [[key, path, _class_name(owner)] for key, (path, owner) in stack]
     if meta.get("stack_trace"):
         described["stack_trace"] = meta["stack_trace"]
+    if "quantization" in meta:
+        described["quantization"] = encode(meta["quantization"])  # what insert-fake-quant noted
     return described
 
 
@@ -406,6 +408,8 @@ def _build_meta(described: Mapping[str, Any], mode: FakeTensorMode) -> dict[str,
         meta["nn_module_stack"] = {key: (path, owner) for key, path, owner in described["nn_module_stack"]}
     if "stack_trace" in described:
         meta["stack_trace"] = str(described["stack_trace"])
+    if "quantization" in described:
+        meta["quantization"] = decode(described["quantization"], {})
     return meta
 
 

@@ -27,9 +27,9 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
     "passes": {
         "remove-no-ops": "fraqat_compiler.passes.remove_no_ops:RemoveNoOps",
         "fold-constants": "fraqat_compiler.passes.fold_constants:FoldConstants",
-        "clip-masks": "fraqat_compiler.passes.clip_masks:ClipMasks",
         "fold-batch-norm": "fraqat_compiler.passes.fold_batch_norm:FoldBatchNorm",
         "decompose-attention": "fraqat_compiler.passes.decompose_attention:DecomposeAttention",
+        "clip-masks": "fraqat_compiler.passes.clip_masks:ClipMasks",
         "insert-fake-quant": "fraqat_compiler.passes.insert_fake_quant:InsertFakeQuant",
         "freeze-bit-width": "fraqat_compiler.passes.freeze_bit_width:FreezeBitWidth",
         "export-onnx": "fraqat_compiler.passes.export_onnx:ExportOnnx",

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from fraqat_compiler.calibration import calibrate
 from fraqat_compiler.errors import VerificationError
 from fraqat_compiler.fake_quant import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
 from fraqat_compiler.fx_codec import decode, encode
 from fraqat_compiler.fx_io import GRAPH_FILE, load_graph, load_inputs, save_graph, save_inputs
+from fraqat_compiler.instruments import Verification
+from fraqat_compiler.pass_manager import PassManager
 from fraqat_compiler.quant_spec import QuantSpec
 
 
@@ -134,6 +137,45 @@ def test_fake_quant_modules_come_back_with_their_state(graph: fx.GraphModule, in
     assert equal(loaded(*args, **kwargs), before)
     assert torch.equal(loaded.get_submodule("quantizers.gelu").scale, activation.scale)
     assert loaded.get_submodule("quantizers.gelu").zero_point.dtype == torch.int32
+
+
+class Block(nn.Module):
+    """Attention, normalization and a feed-forward half with BatchNorm, as compiles meet them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.norm, self.feed = nn.Linear(8, 24), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.scale = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.norm(x)).reshape(2, 4, 2, 12).transpose(1, 2).chunk(3, dim=-1)
+        mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(8, 8)
+        return self.scale(self.feed(mixed)).relu()
+
+
+def test_a_quantized_graph_comes_back_at_every_stage(tmp_path: Path) -> None:
+    data = torch.randn(2, 4, 8)
+    graph = capture(Block(), (data,))
+    watch = [Verification()]
+    preparing = PassManager.from_text(
+        "remove-no-ops,fold-constants,fold-batch-norm,decompose-attention,insert-fake-quant{weights=4.5}"
+    )
+    graph, _ = preparing.run(graph, instruments=watch)
+    calibrate(graph, [data])
+    for module in graph.modules():
+        if isinstance(module, WeightFakeQuantize) and module.role == "weight":
+            module.set_bit_width(4)
+    save_graph(graph, tmp_path / "trained")
+    assert torch.equal(load_graph(tmp_path / "trained")(data), graph(data))
+
+    PassManager.from_text("freeze-bit-width").run(graph, instruments=watch)
+    save_graph(graph, tmp_path / "frozen")
+    loaded = load_graph(tmp_path / "frozen")
+    assert torch.equal(loaded(data), graph(data))
+    assert all(module.frozen for module in loaded.modules() if isinstance(module, WeightFakeQuantize))
+    assert [node.meta.get("quantization") for node in loaded.graph.nodes] == [
+        node.meta.get("quantization") for node in graph.graph.nodes
+    ]
 
 
 def test_a_graph_without_data_stays_without(graph: fx.GraphModule, tmp_path: Path) -> None:
