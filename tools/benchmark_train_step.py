@@ -112,7 +112,7 @@ def train_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[]
     def step() -> float:
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(inputs), targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return loss.item()
 

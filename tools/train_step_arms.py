@@ -131,7 +131,7 @@ def torchao(model: nn.Module, example: Tensor) -> nn.Module:
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
     activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
-    weights = IntxFakeQuantizeConfig(torch.int4, "per_channel")
+    weights = IntxFakeQuantizeConfig(torch.int4, "per_channel")  # type: ignore[attr-defined]
     quantize_(model, QATConfig(activation_config=activations, weight_config=weights, step="prepare"))
     return model
 
@@ -156,7 +156,8 @@ def _torchvision_without_its_library() -> Iterator[None]:
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            library.define(schema)
     yield
 
 
