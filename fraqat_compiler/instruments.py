@@ -18,7 +18,7 @@ from fraqat_compiler.pipeline_text import to_text
 
 
 class Instrument:
-    """Base class; the pass manager calls both methods around each pass."""
+    """Base class. The pass manager calls `before_pass` of all in their order and `after_pass` in the reverse one."""
 
     def before_pass(self, step: Pass, model: Any) -> None:
         """`model` is the graph that goes in."""
@@ -33,7 +33,7 @@ def stderr_console() -> Console:
 
 
 class Timing(Instrument):
-    """Wall time of each pass (`--time-passes`). List it last, so that it times no other instrument."""
+    """Wall time of each pass (`--time-passes`). List it last: then nothing but the pass lies between."""
 
     def __init__(self) -> None:
         self.seconds: list[tuple[str, float]] = []

@@ -98,7 +98,7 @@ class PassManager:
         Args:
             model: `torch.fx.GraphModule` or `onnx_graphsurgeon.Graph`, as the first pass reads; it may be changed.
             ctx: handed to every pass.
-            instruments: called around every pass.
+            instruments: called around every pass, nested: the last one is next to the pass.
             reproducer: folder to write when a pass fails, from which `fraqat opt` repeats the failure.
 
         Raises:
@@ -138,7 +138,7 @@ def _run_pass(step: Pass, model: Any, ctx: PassContext, instruments: Sequence[In
     result = step.run(model, ctx)
     seconds = time.perf_counter() - start
     _refuse_unfit(step, result)
-    for instrument in instruments:
+    for instrument in reversed(instruments):
         instrument.after_pass(step, model, result)
     nodes_after = node_count(result.model)
     record = PassRecord(

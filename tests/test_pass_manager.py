@@ -83,8 +83,8 @@ class Liar(FxPass):
 
 
 class Recorder(Instrument):
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, int]] = []
+    def __init__(self, calls: list[tuple[str, int]] | None = None) -> None:
+        self.calls = [] if calls is None else calls
 
     def before_pass(self, step: Pass, model: Any) -> None:
         self.calls.append((f"before {step.name}", node_count(model)))
@@ -156,6 +156,19 @@ def test_instruments_are_called_around_every_pass(graph: GraphModule) -> None:
         ("before to-onnx", before - 1),
         ("after to-onnx", 1),
     ]
+
+
+def test_instruments_are_nested(graph: GraphModule) -> None:
+    class Inner(Recorder):
+        def before_pass(self, step: Pass, model: Any) -> None:
+            self.calls.append(("inner before", 0))
+
+        def after_pass(self, step: Pass, model: Any, result: PassResult) -> None:
+            self.calls.append(("inner after", 0))
+
+    outer = Recorder()
+    PassManager((DropRelu(),)).run(graph, instruments=[outer, Inner(outer.calls)])
+    assert [name for name, _ in outer.calls] == ["before drop-relu", "inner before", "inner after", "after drop-relu"]
 
 
 def test_the_wrong_kind_of_model_is_refused(graph: GraphModule) -> None:
