@@ -1,0 +1,98 @@
+"""Our side of the process in which QNN runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import weakref
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any
+
+from fraqat_compiler.errors import TargetError
+
+WORKER_MODULE = "fraqat_compiler.targets.htp.worker"
+
+
+class QnnError(TargetError):
+    """The library refused or crashed; `log` is what it printed.
+
+    Attributes:
+        log: the library's own log of the call.
+    """
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+class QnnProcess:
+    """A process with the QNN library in it; ends with this object."""
+
+    def __init__(self) -> None:
+        self._log: IO[bytes] = tempfile.TemporaryFile()
+        command_read, command_write = os.pipe()
+        answer_read, answer_write = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", WORKER_MODULE, str(command_read), str(answer_write)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            pass_fds=(command_read, answer_write),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        os.close(command_read)
+        os.close(answer_write)
+        self._commands = Connection(command_write, readable=False)
+        self._answers = Connection(answer_read, writable=False)
+        weakref.finalize(self, _end, self._process, self._commands, self._answers)
+
+    def load(self, model: Path, provider: dict[str, str], config: dict[str, str], severity: int = 3) -> list[str]:
+        """Open a session on a model or context binary; returns its output names."""
+        names: list[str] = self._call("load", str(model), provider, config, severity)
+        return names
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """One inference."""
+        outputs: dict[str, Any] = self._call("run", inputs)
+        return outputs
+
+    def unload(self) -> None:
+        """Drop the session, which writes a profile."""
+        self._call("close")
+
+    @property
+    def log(self) -> str:
+        """What the library printed during the last call."""
+        self._log.seek(0)
+        return self._log.read().decode("utf-8", "replace")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """One command and its answer.
+
+        Raises:
+            QnnError: the library refused, or its process died.
+        """
+        os.ftruncate(self._log.fileno(), 0)
+        self._log.seek(0)
+        try:
+            self._commands.send((method, arguments))
+            status, result = self._answers.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            code = self._process.wait()
+            raise QnnError(f"the QNN library's process ended with status {code}", self.log) from None
+        if status == "error":
+            raise QnnError(str(result), self.log)
+        return result
+
+
+def _end(process: subprocess.Popen[bytes], *pipes: Connection) -> None:
+    for pipe in pipes:
+        pipe.close()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

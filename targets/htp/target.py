@@ -1,0 +1,243 @@
+"""The HTP target: check, compile, run and profile through QNN."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import onnx
+
+from fraqat_compiler.errors import TargetError
+from fraqat_compiler.pipeline_text import to_text
+from fraqat_compiler.quant_spec import QuantSpec, Unquantized
+from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target, TensorRequest
+from fraqat_compiler.targets.htp.client import QnnError, QnnProcess
+from fraqat_compiler.targets.htp.context_binary import BinaryFacts, read_binary
+from fraqat_compiler.targets.htp.log_messages import DEFAULT_REMEDY, explain, node_verdicts, remedy_for
+from fraqat_compiler.targets.htp.profile_csv import NOTES, read_profile
+from fraqat_compiler.targets.htp.rules import wrong_nodes
+from fraqat_compiler.targets.htp.socs import Soc, find_soc
+
+CONTEXT_FILE = "htp_context.onnx"
+BINARY_FILE = "htp_context_qnn.bin"
+LOG_FILE = "htp.log"
+OLDEST_GLIBC = (2, 35)
+VERBOSE, QUIET = 0, 3
+_QDQ = {"QuantizeLinear", "DequantizeLinear"}
+
+
+@dataclass(frozen=True)
+class HtpTarget(Target):
+    """Snapdragon HTP (Hexagon Tensor Processor) through QNN.
+
+    Compiles to a context binary for one SoC with fallback to the CPU forbidden, and runs it in the library's x86
+    emulator, whose numbers are the hardware's and whose times are not.
+
+    Options: `soc` is a part (sm8750), a marketing name or a phone ("Galaxy S25 Ultra"); `vtcm_mb` limits the memory the
+    graph may plan with (0: the SoC's own); `performance_mode` is QNN's; `optimization` is the effort of the compiler, 1
+    to 3.
+    """
+
+    name: ClassVar[str] = "htp"
+    soc: str = "sm8750"
+    vtcm_mb: int = 0
+    performance_mode: Literal["burst", "balanced", "high_performance", "power_saver", "default"] = "burst"
+    optimization: Literal[1, 2, 3] = 3
+
+    def __post_init__(self) -> None:
+        find_soc(self.soc)
+
+    @property
+    def chip(self) -> Soc:
+        """The SoC that `soc` means."""
+        return find_soc(self.soc)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if sys.platform != "linux" or platform.machine() != "x86_64":
+            return "the HTP compiler and emulator exist for Linux on x86-64 only."
+        version = tuple(int(part) for part in (platform.libc_ver()[1] or "0").split(".")[:2])
+        if platform.libc_ver()[0] == "glibc" and version < OLDEST_GLIBC:
+            return f"it needs glibc 2.35 or newer, here is {platform.libc_ver()[1]}: use a newer distribution or a container."
+        if importlib.util.find_spec("onnxruntime_qnn") is None:
+            return 'the package onnxruntime-qnn is not installed: pip install "fraqat_compiler[htp]".'
+        return None
+
+    def quant_spec(self, request: TensorRequest) -> QuantSpec | Unquantized:
+        """What the library takes: symmetric signed weights, unsigned activations, u8 norm weights.
+
+        A lookup table is per tensor at 8 bits, because a Gather has one scale. Depthwise kernels keep 8 bits at 16-bit
+        activations, where 4-bit ones stray by 26 to 62 LSB.
+        """
+        spec = super().quant_spec(request)
+        if isinstance(spec, Unquantized) or request.role != "weight":
+            return spec
+        if request.op == "embedding":
+            return QuantSpec(bit_width=8)
+        if request.depthwise and request.activation_bit_width > 8:
+            return dataclasses.replace(spec, bit_width=max(spec.bit_width, 8))
+        return spec
+
+    def check(self, model: Path) -> list[Finding]:
+        """Ask the library itself: it prepares the whole graph, and names what it refuses."""
+        self._require()
+        nodes = [node for node in _nodes(model) if node.op_type not in _QDQ]
+        _refuse_dynamic_shapes(model)
+        process = QnnProcess()
+        try:
+            process.load(model, self._provider_options(), _NO_FALLBACK)
+            refused: dict[str, Finding] = {}
+        except QnnError as error:
+            refused = self._refused(process if _alive(error) else QnnProcess(), model, error)
+        wrong = {finding.node: finding for finding in wrong_nodes(model)}
+        return [refused.get(n.name) or wrong.get(n.name) or Finding(n.name, n.op_type, "runs") for n in nodes]
+
+    def _refused(self, process: QnnProcess, model: Path, error: QnnError) -> dict[str, Finding]:
+        """The nodes that the library would leave to the CPU, from its verbose log."""
+        try:
+            process.load(model, self._provider_options(), {}, severity=VERBOSE)
+        except QnnError as second:
+            error = second
+        verdicts = [verdict for verdict in node_verdicts(process.log).values() if not verdict.accepted]
+        found = {v.node: Finding(v.node, v.op, "refused", v.reason, v.remedy) for v in verdicts if v.op not in _QDQ}
+        if found:  # an op that has no kernel at all comes first: its neighbours are refused because of it
+            return dict(sorted(found.items(), key=lambda item: "not supported" not in item[1].reason))
+        reason = explain(str(error), error.log)
+        first = next(node for node in _nodes(model) if node.op_type not in _QDQ)
+        return {
+            first.name: Finding(first.name, first.op_type, "refused", f"the whole graph: {reason}", remedy_for(reason))
+        }
+
+    def compile(self, model: Path, output: Path) -> Artifact:
+        self._require()
+        _refuse_dynamic_shapes(model)
+        scratch = Path(tempfile.mkdtemp(prefix=".htp-", dir=output))
+        try:
+            self._compile(model, scratch, output / LOG_FILE)
+            facts = self._proven(scratch / BINARY_FILE)
+            for name in (BINARY_FILE, CONTEXT_FILE):
+                (scratch / name).replace(output / name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return self._artifact(output, facts)
+
+    def _compile(self, model: Path, scratch: Path, log: Path) -> None:
+        config = _NO_FALLBACK | {
+            "ep.context_enable": "1",
+            "ep.context_file_path": str(scratch / CONTEXT_FILE),
+            "ep.context_embed_mode": "0",
+        }
+        process = QnnProcess()
+        try:
+            process.load(model, self._provider_options(), config)
+        except QnnError as error:
+            refused = self._refused(QnnProcess(), model, error)
+            log.write_text(error.log or str(error), encoding="utf-8")
+            raise TargetError(_refusal(refused, self.chip), next(iter(refused.values())).remedy) from error
+
+    def run(self, artifact: Artifact, inputs: Arrays) -> Arrays:
+        self._require()
+        try:
+            return _loaded(artifact.path, artifact.path.stat().st_mtime_ns, self).run(inputs)
+        except QnnError as error:
+            _loaded.cache_clear()
+            raise TargetError(f"{artifact.path.name} does not run: {explain(str(error), error.log)}.") from error
+
+    def profile(self, artifact: Artifact, inputs: Arrays) -> Profile:
+        self._require()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "profile.csv"
+            options = self._provider_options() | {"profiling_level": "detailed", "profiling_file_path": str(path)}
+            process = QnnProcess()
+            process.load(artifact.path, options, _NO_FALLBACK)
+            process.run(inputs)
+            process.unload()
+            ops = read_profile(path)
+        return Profile(source="simulator", ops=ops, unit="cycles", notes=NOTES)
+
+    def load(self, folder: Path, target_text: str) -> Artifact:
+        if not (folder / CONTEXT_FILE).is_file():
+            raise TargetError(f"{folder.name} holds no {CONTEXT_FILE}.", "Compile with --target htp first.")
+        return self._artifact(folder, self._proven(folder / BINARY_FILE))
+
+    def _require(self) -> None:
+        missing = self.missing()
+        if missing:
+            raise TargetError(f"the htp target cannot run here: {missing}")
+
+    def _provider_options(self) -> dict[str, str]:
+        """The SoC's model and architecture always go together: without the second an unknown SoC silently means v68."""
+        options = {
+            "soc_model": str(self.chip.soc_model),
+            "htp_arch": str(self.chip.htp_arch),
+            "htp_performance_mode": self.performance_mode,
+            "htp_graph_finalization_optimization_mode": str(self.optimization),
+            "offload_graph_io_quantization": "0",
+        }
+        return options | ({"vtcm_mb": str(self.vtcm_mb)} if self.vtcm_mb else {})
+
+    def _proven(self, binary: Path) -> BinaryFacts:
+        """Facts of the binary, which must be for this target's SoC.
+
+        Raises:
+            TargetError: it was built for another SoC or architecture.
+        """
+        facts = read_binary(binary)
+        if (facts.soc.upper(), facts.htp_arch) != (self.chip.part.upper(), self.chip.htp_arch):
+            raise TargetError(
+                f"{binary.name} was built for {facts.soc} (v{facts.htp_arch}), not for {self.chip.part} "
+                f"(v{self.chip.htp_arch}).",
+                "Compile for this SoC.",
+            )
+        return facts
+
+    def _artifact(self, folder: Path, facts: BinaryFacts) -> Artifact:
+        details = {"fallback_nodes": 0, **dataclasses.asdict(facts)}
+        files = (folder / CONTEXT_FILE, folder / BINARY_FILE)
+        return Artifact(path=files[0], files=files, target_text=to_text(self), details=details)
+
+
+_NO_FALLBACK = {"session.disable_cpu_ep_fallback": "1"}
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path, changed: int, target: HtpTarget) -> QnnProcess:
+    """A process that holds the artifact, kept between runs; `changed` is part of the key only."""
+    process = QnnProcess()
+    process.load(path, target._provider_options(), _NO_FALLBACK)
+    return process
+
+
+def _alive(error: QnnError) -> bool:
+    return "process ended" not in str(error)
+
+
+def _nodes(model: Path) -> list[onnx.NodeProto]:
+    return list(onnx.load(str(model), load_external_data=False).graph.node)
+
+
+def _refuse_dynamic_shapes(model: Path) -> None:
+    for value in onnx.load(str(model), load_external_data=False).graph.input:
+        names = [dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim if not dim.HasField("dim_value")]
+        if names:
+            raise TargetError(
+                f"input {value.name!r} has dynamic dimensions ({', '.join(names)}); the HTP needs static ones.",
+                "Export with fixed example inputs.",
+            )
+
+
+def _refusal(refused: dict[str, Finding], chip: Soc) -> str:
+    first = next(iter(refused.values()))
+    more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+    return f"{chip.part} refuses node {first.node} ({first.op}){more}: {first.reason}."
+
+
+__all__ = ["BINARY_FILE", "CONTEXT_FILE", "DEFAULT_REMEDY", "HtpTarget"]
