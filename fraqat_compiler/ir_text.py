@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor, fx, nn
+
+from fraqat_compiler import lazy_values
 
 SMALL_CONSTANT = 8  # elements up to which a constant's values are shown
 
@@ -115,17 +116,10 @@ def _type_text(tensor: gs.Tensor) -> str:
     if tensor.dtype is None:
         return "?"
     shape = "?" if tensor.shape is None else ", ".join(str(dim) for dim in tensor.shape)
-    return f"{_onnx_dtype(tensor.dtype)}[{shape}]"
-
-
-def _onnx_dtype(dtype: Any) -> str:
-    """graphsurgeon holds numpy types, and ONNX's own number where numpy has none."""
-    if isinstance(dtype, int):
-        return str(onnx.TensorProto.DataType.Name(dtype)).lower()
-    return str(np.dtype(dtype))
+    return f"{lazy_values.dtype_of(tensor)}[{shape}]"
 
 
 def _small_values(tensor: gs.Constant) -> str:
-    if np.prod(tensor.shape, dtype=np.int64) > SMALL_CONSTANT:
+    if lazy_values.element_count(tensor.shape) > SMALL_CONSTANT:
         return ""
-    return " " + np.array2string(np.asarray(tensor.values), separator=", ").replace("\n", "")
+    return " " + np.array2string(lazy_values.values_of(tensor), separator=", ").replace("\n", "")

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import networkx as nx
-import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 from onnx import checker, shape_inference
@@ -16,6 +15,7 @@ from torch._subclasses import fake_tensor
 from torch.utils import _pytree as pytree
 
 from fraqat_compiler.errors import VerificationError
+from fraqat_compiler.lazy_values import element_count
 
 _UNPREDICTABLE = (
     *(fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException),
@@ -170,7 +170,7 @@ def _hide_large_constants(graph: gs.Graph) -> list[gs.Variable]:
     hidden: dict[str, gs.Variable] = {}
     for node in graph.nodes:
         for index, tensor in enumerate(node.inputs):
-            if isinstance(tensor, gs.Constant) and np.prod(tensor.shape, dtype=np.int64) > LARGE_CONSTANT:
+            if isinstance(tensor, gs.Constant) and element_count(tensor.shape) > LARGE_CONSTANT:
                 variable = gs.Variable(tensor.name, tensor.dtype, list(tensor.shape))
                 node.inputs[index] = hidden.setdefault(tensor.name, variable)
     return list(hidden.values())

@@ -342,7 +342,9 @@ class _Insertion:
         floats = [
             item for item in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(item, torch.Tensor)
         ]
-        if not any(item.is_floating_point() for item in floats):
+        if any(item.is_complex() for item in tensors):
+            return "computes complex numbers, which no quantizer covers", False
+        if not any(item.is_floating_point() for item in tensors):
             return "computes integers, booleans or sizes", True
         if self._skipped(node):
             return "skipped by the skip option", True

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import nn
 from torch.fx import GraphModule
 
+from fraqat_compiler import lazy_values
 from fraqat_compiler.errors import VerificationError
 from fraqat_compiler.fake_quant import WeightFakeQuantize
 from fraqat_compiler.instruments import IRDump, Progress, Timing, Verification
@@ -259,11 +260,14 @@ def test_a_malformed_onnx_graph_is_named(damage: Callable[[gs.Graph], None], wor
         verify(onnx_graph)
 
 
-def test_verification_leaves_an_onnx_graph_as_it_was(onnx_graph: gs.Graph) -> None:
+def test_watching_leaves_an_onnx_graph_as_it_was(onnx_graph: gs.Graph) -> None:
     onnx_graph.nodes.reverse()  # unsorted is fine for graphsurgeon
+    onnx_graph.nodes[1].inputs[2] = lazy_values.constant("lazy", np.float32([0.25]))
     before = listing(onnx_graph)
+    assert "%lazy : float32[1] = constant [0.25]" in before
     verify(onnx_graph)
     assert listing(onnx_graph) == before
+    assert isinstance(onnx_graph.nodes[1].inputs[2]._values, lazy_values.LazyArray)  # not computed for good
 
 
 def test_custom_domains_and_packed_weights_are_accepted(onnx_graph: gs.Graph) -> None:

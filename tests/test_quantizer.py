@@ -135,7 +135,10 @@ def test_codes_are_what_onnx_quantize_linear_computes() -> None:
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4096])],
         [helper.make_tensor_value_info("y", TensorProto.UINT8, [4096])],
-        [helper.make_tensor("s", TensorProto.FLOAT, [], [0.037]), helper.make_tensor("z", TensorProto.UINT8, [], [113])],
+        [
+            helper.make_tensor("s", TensorProto.FLOAT, [], [0.037]),
+            helper.make_tensor("z", TensorProto.UINT8, [], [113]),
+        ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(model)

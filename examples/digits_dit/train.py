@@ -6,46 +6,66 @@ Run it as `python examples/digits_dit/train.py`; the committed weights come from
 from __future__ import annotations
 
 import argparse
+import copy
 import math
+from itertools import islice
 from pathlib import Path
 
 import torch
-from data import Digits, fixed_batches, load, training_batches
+from data import Digits, NoisedBatch, fixed_batches, load, training_batches
 from model import DigitsDiT
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 BATCH_SIZE = 128
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 EMA_DECAY = 0.998
+STEPS_BETWEEN_CHECKS = 200
 
 
-def train(steps: int, seed: int) -> nn.Module:
+class Trainer:
+    """A model in training and the moving average of its weights, which is what training is for."""
+
+    def __init__(self, steps: int) -> None:
+        self.model = DigitsDiT()
+        self.average = copy.deepcopy(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _warmup_cosine(step, steps))
+
+    def step(self, batch: NoisedBatch) -> float:
+        """Train on one batch and return its loss."""
+        loss = F.mse_loss(self.model(*batch.inputs), batch.velocity)
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self._follow()
+        return loss.item()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the average a little towards the model."""
+        for mean, parameter in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            mean.lerp_(parameter, 1 - EMA_DECAY)
+
+
+def train(steps: int, seed: int) -> DigitsDiT:
     """Return the moving average of a model trained for `steps` batches of 128 noised digits."""
     torch.manual_seed(seed)
-    model = DigitsDiT()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))  # type: ignore[no-untyped-call]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps))
+    trainer = Trainer(steps)
     digits, held_out = load()
-    batches = training_batches(digits, BATCH_SIZE, seed)
     with _progress() as progress:
         task = progress.add_task("train", total=steps, loss=math.nan, held_out=math.nan)
-        for step in range(steps):
-            batch = next(batches)
-            loss = F.mse_loss(model(*batch.inputs), batch.velocity)
-            _update(loss, model, optimizer)
-            schedule.step()
-            average.update_parameters(model)
-            progress.update(task, advance=1, loss=loss.item())
-            if step % 200 == 199:
-                progress.update(task, held_out=held_out_loss(average.module, held_out))
-    return average.module
+        for batch in islice(training_batches(digits, BATCH_SIZE, seed), steps):
+            progress.update(task, advance=1, loss=trainer.step(batch))
+            if progress.tasks[task].completed % STEPS_BETWEEN_CHECKS == 0:
+                progress.update(task, held_out=held_out_loss(trainer.average, held_out))
+    return trainer.average
 
 
 @torch.no_grad()
@@ -54,13 +74,6 @@ def held_out_loss(model: nn.Module, held_out: Digits) -> float:
     tenfold = Digits(held_out.images.repeat(10, 1, 1, 1), held_out.labels.repeat(10))
     (batch,) = fixed_batches(tenfold, len(tenfold.labels), 1, seed=0)
     return F.mse_loss(model(*batch.inputs), batch.velocity).item()
-
-
-def _update(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    torch.autograd.backward(loss)
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
 
 
 def _warmup_cosine(step: int, steps: int) -> float:
@@ -86,8 +99,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the digits and the noise")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="where the weights go")
     options = parser.parse_args()
-    model = train(options.steps, options.seed)
-    save_file(model.state_dict(), options.output)
+    save_file(train(options.steps, options.seed).state_dict(), options.output)
 
 
 if __name__ == "__main__":

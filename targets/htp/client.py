@@ -32,7 +32,7 @@ class QnnProcess:
     """A process with the QNN library in it; ends with this object."""
 
     def __init__(self) -> None:
-        self._log: IO[bytes] = tempfile.TemporaryFile()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         command_read, command_write = os.pipe()
         answer_read, answer_write = os.pipe()
         self._process = subprocess.Popen(

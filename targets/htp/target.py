@@ -66,7 +66,7 @@ class HtpTarget(Target):
             return "the HTP compiler and emulator exist for Linux on x86-64 only."
         version = tuple(int(part) for part in (platform.libc_ver()[1] or "0").split(".")[:2])
         if platform.libc_ver()[0] == "glibc" and version < OLDEST_GLIBC:
-            return f"it needs glibc 2.35 or newer, here is {platform.libc_ver()[1]}: use a newer distribution or a container."
+            return f"it needs glibc 2.35 or newer, here is {platform.libc_ver()[1]}: use a newer system or a container."
         if importlib.util.find_spec("onnxruntime_qnn") is None:
             return 'the package onnxruntime-qnn is not installed: pip install "fraqat_compiler[htp]".'
         return None

@@ -1,0 +1,33 @@
+"""remove-no-ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fraqat_compiler.capture import capture
+from fraqat_compiler.ops import op_name
+from fraqat_compiler.pass_base import PassContext
+from fraqat_compiler.passes.remove_no_ops import RemoveNoOps
+
+
+class Idle(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(x, 0.5, self.training).clone().contiguous().to(torch.float32)
+        return y.transpose(0, 1).contiguous().view(-1) + x.view(x.shape).sum()
+
+
+def test_only_what_computes_is_left() -> None:
+    x = torch.randn(3, 4)
+    graph = capture(Idle(), (x,))
+    result = RemoveNoOps().run(graph, PassContext())
+    names = [op_name(node) for node in result.model.graph.nodes if node.op == "call_function"]
+    assert result.modified and result.changes
+    assert sorted(names) == ["aten.add", "aten.reshape", "aten.sum", "aten.transpose"]
+    assert torch.equal(result.model(x), Idle().eval()(x))
+
+
+def test_nothing_to_do() -> None:
+    graph = capture(nn.Linear(4, 4), (torch.ones(1, 4),))
+    assert not RemoveNoOps().run(graph, PassContext()).modified
