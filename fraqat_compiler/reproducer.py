@@ -7,13 +7,13 @@ import shutil
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
 from torch import fx
 
-from fraqat_compiler.errors import FraqatError, OutputError, UsageError, VerificationError
+from fraqat_compiler import onnx_io
+from fraqat_compiler.errors import FraqatError, OutputError, UsageError
 from fraqat_compiler.fx_io import GRAPH_FILE, Description, describe, load_graph, save_inputs, write_description
 from fraqat_compiler.pass_base import PassContext
 from fraqat_compiler.pipeline_text import to_text
@@ -22,7 +22,6 @@ MODEL_FILE = "model.onnx"
 PIPELINE_FILE = "pipeline.txt"
 ERROR_FILE = "error.txt"
 README_FILE = "README.md"
-MAX_INLINE_BYTES = 2**31 - 2**20  # protobuf ends at 2 GiB; the rest is for the nodes
 
 README = """# Reproducer
 
@@ -109,8 +108,9 @@ def _write(folder: Path, graph: Description | gs.Graph, pipeline: str, ctx: Pass
 
 
 def _save_onnx(graph: gs.Graph, path: Path) -> None:
+    """With shapes of intermediate tensors, which a finished file leaves out but the passes look at."""
     constants = [tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)]
-    large = sum(tensor._values.nbytes for tensor in constants) > MAX_INLINE_BYTES
+    large = sum(tensor._values.nbytes for tensor in constants) > onnx_io.MAX_INLINE_BYTES
     model = gs.export_onnx(graph, do_type_check=False)
     onnx.save_model(model, path, save_as_external_data=large, location=f"{path.name}.data")
 
@@ -128,23 +128,7 @@ def load_model(path: Path) -> fx.GraphModule | gs.Graph:
     if (path / GRAPH_FILE).is_file():
         return load_graph(path)
     if (path / MODEL_FILE).is_file():
-        return load_onnx(path / MODEL_FILE)
+        return onnx_io.load(path / MODEL_FILE)
     if path.is_file() and path.suffix == ".onnx":
-        return load_onnx(path)
+        return onnx_io.load(path)
     raise UsageError(f"{path} holds no graph.", f"Give an .onnx file, or a folder with {GRAPH_FILE} or {MODEL_FILE}.")
-
-
-def load_onnx(path: Path) -> gs.Graph:
-    """The graph of an ONNX file; constants stay lazy.
-
-    Raises:
-        VerificationError: the file is damaged, or its external data is missing.
-    """
-    try:
-        return gs.import_onnx(onnx.load(path))
-    except Exception as error:  # protobuf, onnx and graphsurgeon share no base class
-        raise VerificationError(f"{path} cannot be read as an ONNX model: {_first_line(error)}.") from error
-
-
-def _first_line(error: Any) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

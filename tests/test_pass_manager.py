@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
@@ -14,9 +15,11 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from fraqat_compiler import lazy_values
 from fraqat_compiler.errors import PassError, QuantizationError, UsageError, VerificationError
 from fraqat_compiler.fx_io import load_inputs
 from fraqat_compiler.instruments import Instrument
+from fraqat_compiler.ir_text import listing
 from fraqat_compiler.pass_base import IR, FxPass, OnnxPass, Pass, PassContext, PassResult
 from fraqat_compiler.pass_manager import PassManager, node_count
 from fraqat_compiler.registry import parse_target
@@ -218,6 +221,20 @@ def test_a_failed_onnx_pass_leaves_its_input_graph(tmp_path: Path) -> None:
     assert isinstance(loaded, gs.Graph)
     assert [node.name for node in loaded.nodes] == ["first", "second"]
     assert [tensor.name for tensor in loaded.outputs] == ["z"]
+
+
+def test_a_stored_onnx_graph_keeps_packed_weights_and_shapes(tmp_path: Path) -> None:
+    graph = relu_graph()
+    codes, scale = np.array([[-8, 7, 3]], ml_dtypes.int4), np.array(0.5, np.float32)
+    weight, y = gs.Variable("weight", np.float32, [1, 3]), graph.outputs[0]
+    inputs = [lazy_values.constant("codes", codes), lazy_values.constant("scale", scale)]
+    graph.outputs = [gs.Variable("z", np.float32, [2, 3])]
+    graph.nodes.append(gs.Node("DequantizeLinear", "dequantize", inputs=inputs, outputs=[weight]))
+    graph.nodes.append(gs.Node("Concat", "join", {"axis": 1}, [y, weight], graph.outputs))
+    write_reproducer(tmp_path / "r", Snapshot.take(graph), "pack-int4", PassContext(), ValueError("x"))
+    loaded = load_model(tmp_path / "r")
+    assert np.array_equal(lazy_values.values_of(loaded.tensors()["codes"]), codes)
+    assert listing(loaded) == listing(graph)
 
 
 def test_an_instrument_that_fails_is_reported_like_a_pass(graph: GraphModule, tmp_path: Path) -> None:
