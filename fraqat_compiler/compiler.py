@@ -1,7 +1,8 @@
 """The front door: one call takes a model to a compiled, verified artifact and its report.
 
 The phases run in this order; each is a method of `_Compilation`:
-capture -> insert (prepare pipeline) -> calibrate -> check a draft -> fine-tune -> lower -> compile -> verify -> profile.
+capture -> insert (prepare pipeline) -> calibrate -> check a draft -> fine-tune -> lower -> compile ->
+verify -> profile.
 """
 
 from __future__ import annotations

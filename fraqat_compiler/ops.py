@@ -53,50 +53,13 @@ NORM_OPS: dict[str, WeightedOp] = {
 # They move values and compute none, or pick some of them: input and output hold the same codes.
 PASS_THROUGH_OPS = frozenset(
     f"aten.{name}"
-    for name in [
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "flatten",
-        "unflatten",
-        "permute",
-        "transpose",
-        "t",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "expand_as",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "narrow",
-        "clone",
-        "contiguous",
-        "alias",
-        "detach",
-        "repeat",
-        "repeat_interleave",
-        "tile",
-        "roll",
-        "flip",
-        "index_select",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "upsample_nearest1d",
-        "upsample_nearest2d",
-        "upsample_nearest3d",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "movedim",
-        "swapaxes",
-        "lift_fresh_copy",
-        "diagonal",
-        "unfold",
-    ]
+    for name in (
+        "view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze expand expand_as slice "
+        "select split split_with_sizes chunk unbind narrow clone contiguous alias detach repeat repeat_interleave tile "
+        "roll flip "
+        "index_select max_pool1d max_pool2d max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+        "pixel_shuffle pixel_unshuffle movedim swapaxes lift_fresh_copy diagonal unfold"
+    ).split()
 )
 
 # They bound their input: a quantizer with the output's range does the same, so the input needs none of its own.
@@ -112,40 +75,11 @@ _OP_CLASS_OF: dict[str, str] = {
     **{f"aten.{name}": "softmax" for name in ("softmax", "_softmax", "log_softmax", "_log_softmax")},
     **{
         f"aten.{name}": "activation"
-        for name in [
-            "gelu",
-            "silu",
-            "sigmoid",
-            "tanh",
-            "relu",
-            "relu6",
-            "hardtanh",
-            "hardswish",
-            "hardsigmoid",
-            "leaky_relu",
-            "elu",
-            "celu",
-            "selu",
-            "prelu",
-            "mish",
-            "softplus",
-            "softsign",
-            "logsigmoid",
-            "clamp",
-            "clamp_min",
-            "clamp_max",
-            "glu",
-            "exp",
-            "log",
-            "sqrt",
-            "rsqrt",
-            "reciprocal",
-            "pow",
-            "abs",
-            "neg",
-            "sin",
-            "cos",
-        ]
+        for name in (
+            "gelu silu sigmoid tanh relu relu6 hardtanh hardswish hardsigmoid leaky_relu elu celu selu prelu mish "
+            "softplus softsign logsigmoid clamp clamp_min clamp_max glu exp log sqrt rsqrt reciprocal pow abs neg "
+            "sin cos"
+        ).split()
     },
     **{f"aten.{name}": "reduction" for name in ("mean", "sum", "amax", "amin", "avg_pool1d", "avg_pool2d")},
     **{
@@ -223,6 +157,7 @@ def value_of(node: Node) -> Any:
 
 
 def is_float_tensor(node: Node) -> bool:
+    """Whether a node yields one tensor of floating-point numbers."""
     value = value_of(node)
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 

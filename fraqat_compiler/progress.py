@@ -1,4 +1,4 @@
-"""Progress of long work. The compiler reports to a `Progress`; the base class stays silent, `RichProgress` draws bars."""
+"""Progress of long work: the compiler reports to a `Progress`, which is silent; `RichProgress` draws bars."""
 
 from __future__ import annotations
 

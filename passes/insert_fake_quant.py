@@ -339,7 +339,7 @@ class _Insertion:
     def _float_reason(self, node: Node, weighted: WeightedOp | None, weight: FakeQuantize | None) -> tuple[str, bool]:
         """Why an op is not quantized, and whether that was to be expected; an empty reason when it is quantized."""
         value = node.meta.get("val")
-        floats = [
+        tensors = [
             item for item in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(item, torch.Tensor)
         ]
         if any(item.is_complex() for item in tensors):

@@ -104,7 +104,7 @@ def test_nan_weights_are_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     with torch.no_grad():
         model[0].weight[0, 0] = float("nan")
-    with pytest.raises(CaptureError, match="'0.weight'"):
+    with pytest.raises(CaptureError, match=r"'0\.weight'"):
         capture(model, (torch.ones(1, 4),))
 
 

@@ -131,7 +131,7 @@ def test_float_widths_leave_layers_out() -> None:
 
 
 def test_unknown_modules_and_widths_are_refused() -> None:
-    with pytest.raises(UsageError, match="'haed'.*head"):
+    with pytest.raises(UsageError, match=r"'haed'.*head"):
         _inserted(InsertFakeQuant(weights="4,haed=8"))
     with pytest.raises(UsageError, match="not a bit width"):
         _inserted(InsertFakeQuant(weights="four"))
