@@ -270,7 +270,7 @@ class _Compilation:
 
     def _schedule(self, ends: dict[str, float], steps: int) -> BitWidthSchedule:
         schedule = parse_schedule(self.options.schedule, end=min(ends.values(), default=8.0))
-        schedule.stages(steps)  # refuses a budget that is too small before anything long begins
+        schedule.steps(steps)  # refuses a budget that is too small before anything long begins
         return schedule
 
     def _fine_tune_config(self, schedule: BitWidthSchedule, steps: int) -> FineTuneConfig:

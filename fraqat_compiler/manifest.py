@@ -1,0 +1,97 @@
+"""manifest.json: the sha256 of every result, and what made it.
+
+It names no host, user, time or absolute path. The same inputs give the same bytes of every file but those under
+`not_reproducible`: the reports hold measured seconds, and so their digests differ from run to run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fraqat_compiler.errors import VerificationError
+from fraqat_compiler.output_folder import CHECKPOINTS, LOCK_FILE, MANIFEST_FILE, REPRODUCER
+
+PACKAGES = (
+    "fraqat_compiler",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-qnn",
+    "onnx-graphsurgeon",
+    "onnxscript",
+    "numpy",
+)
+NOT_REPRODUCIBLE = ("report.json", "report.html")
+_IGNORED = {MANIFEST_FILE, LOCK_FILE, CHECKPOINTS, REPRODUCER}
+
+
+def write_manifest(folder: Path, report: dict[str, Any]) -> None:
+    """Write the manifest of what `folder` holds."""
+    content = {
+        "schema_version": 1,
+        "files": {
+            name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in _files(folder)
+        },
+        "not_reproducible": list(NOT_REPRODUCIBLE),
+        "packages": _versions(),
+        "seed": report["options"]["seed"],
+        "pipeline": report["pipeline"],
+        "target": report["target"]["text"],
+    }
+    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished compile.
+
+    Raises:
+        VerificationError: there is none, or it is damaged.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise VerificationError(
+            f"{folder} holds no {MANIFEST_FILE}: no compile finished there.", "Run fraqat compile, or add --resume."
+        )
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content["files"].items()
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise VerificationError(f"{path} is damaged: {error}.", "Compile again.") from error
+    return content
+
+
+def changed_files(folder: Path) -> list[str]:
+    """One line for each file that is missing or not what the manifest says."""
+    lines = []
+    for name, entry in read_manifest(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            lines.append(f"{name} is missing")
+        elif sha256(path) != entry["sha256"]:
+            lines.append(f"{name} has changed since it was compiled")
+    return lines
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[str]:
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in paths if path.parts[0] not in _IGNORED)
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
