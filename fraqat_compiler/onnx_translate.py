@@ -1,0 +1,237 @@
+"""From an exported torch program to an ONNX graph without weights.
+
+`torch.onnx` does the translation; what is said here is how this package's ops and Linear look in ONNX, which is what
+quantizing hardware wants to see.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx import TensorProto
+from onnx_ir.passes import common as ir_passes
+from onnxscript import opset21 as op
+from onnxscript import optimizer
+from torch.export import ExportedProgram
+
+from fraqat_compiler.errors import PassError
+
+ONNX_DOMAINS = ("", "ai.onnx")
+LARGEST_FOLDED = 1024  # elements of a constant that the exporter's shape arithmetic may leave
+
+# The code range of a quantizer -> the ONNX type that stores it and saturates at exactly its ends.
+STORAGE: dict[tuple[int, int], int] = {
+    (-8, 7): TensorProto.INT4,
+    (0, 15): TensorProto.UINT4,
+    (-128, 127): TensorProto.INT8,
+    (0, 255): TensorProto.UINT8,
+    (-32768, 32767): TensorProto.INT16,
+    (0, 65535): TensorProto.UINT16,
+}
+# For other ranges, by (signed, bits).
+_WIDER_STORAGE = {
+    (False, 8): TensorProto.UINT8,
+    (True, 8): TensorProto.INT8,
+    (False, 16): TensorProto.UINT16,
+    (True, 16): TensorProto.INT16,
+}
+
+Value = Any  # onnxscript traces with values of a private class
+
+
+def _fake_quantize(
+    x: Value, scale: Value, zero_point: Value, quant_min: int, quant_max: int, axis: int, group_size: int
+) -> Value:
+    """QuantizeLinear, DequantizeLinear; codes of a width that no type has are clipped in between."""
+    storage = STORAGE.get((quant_min, quant_max)) or _wider_storage(quant_min, quant_max)
+    attributes = _granularity(x, scale, axis, group_size)
+    offset = op.Cast(zero_point, to=storage)
+    codes = op.QuantizeLinear(x, scale, offset, **attributes)
+    if (quant_min, quant_max) not in STORAGE:
+        lowest, highest = (op.Cast(op.Constant(value_int=bound), to=storage) for bound in (quant_min, quant_max))
+        codes = op.Clip(codes, lowest, highest)
+    return op.DequantizeLinear(codes, scale, offset, **attributes)
+
+
+def _wider_storage(quant_min: int, quant_max: int) -> int:
+    bits = 8 if quant_max - quant_min < 2**8 else 16
+    return _WIDER_STORAGE[quant_min < 0, bits]
+
+
+def _granularity(x: Value, scale: Value, axis: int, group_size: int) -> dict[str, int]:
+    if group_size:
+        return {"axis": len(x.shape) - 1, "block_size": group_size}
+    if len(scale.shape):
+        return {"axis": axis % len(x.shape)}
+    return {}
+
+
+def _fake_quantize_bias(bias: Value, input_scale: Value, weight_scale: Value) -> Value:
+    """ONNX has no QuantizeLinear to int32: a Cast stands where `qdq.finish_biases` puts the codes."""
+    attributes = {"axis": 0} if len(weight_scale.shape) else {}
+    codes = op.Cast(bias, to=TensorProto.INT32)
+    return op.DequantizeLinear(codes, op.Mul(input_scale, weight_scale), **attributes)
+
+
+def _linear(x: Value, weight: Value, bias: Value = None) -> Value:
+    """Gemm, which takes an int32 bias and the weight as it lies; Gemm has two dimensions, so others are reshaped."""
+    if len(x.shape) == 2:
+        return _gemm(x, weight, bias)
+    if not all(isinstance(size, int) for size in x.shape):
+        product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+        return product if bias is None else op.Add(product, bias)
+    *rows, width = x.shape
+    flat = op.Reshape(x, op.Constant(value_ints=[_product(rows), width]))
+    return op.Reshape(_gemm(flat, weight, bias), op.Constant(value_ints=[*rows, weight.shape[0]]))
+
+
+def _product(sizes: list[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _gemm(x: Value, weight: Value, bias: Value) -> Value:
+    return op.Gemm(x, weight, transB=1) if bias is None else op.Gemm(x, weight, bias, transB=1)
+
+
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.fraqat.fake_quantize.default: _fake_quantize,
+    torch.ops.fraqat.fake_quantize_bias.default: _fake_quantize_bias,
+    torch.ops.aten.linear.default: _linear,
+}
+
+
+def translate(program: ExportedProgram, opset: int) -> ir.Model:
+    """The program as an onnx-ir model, shape arithmetic folded.
+
+    Weights are tensors that refer to torch's.
+
+    Raises:
+        PassError: an op has no ONNX form; with the user's source line.
+    """
+    try:
+        with quiet_exporter():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                custom_translation_table=_TRANSLATIONS,
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise _translation_error(error, program) from error
+    assert exported is not None
+    return exported.model
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Drop the exporter's warnings (torchvision is missing, deprecations inside torch) in this block alone."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _translation_error(error: Exception, program: ExportedProgram) -> PassError:
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)  # type: ignore[arg-type]
+    node = next((found[1] for cause in causes[1:] if (found := re.search(r"translating node %(\w+)", str(cause)))), "")
+    op_name = next((found[0] for cause in causes if (found := re.search(r"\b(aten|prims)\.\w+", str(cause)))), "an op")
+    return PassError(
+        f"{op_name} (node {node}{_user_line(program, node)}) has no ONNX form: {first_line(causes[-1])}.",
+        "Write it with other torch ops, or keep this part outside the model.",
+    )
+
+
+def _user_line(program: ExportedProgram, name: str) -> str:
+    """` at File "model.py", line 3, in forward`: the innermost frame of the user's code; empty when unknown."""
+    for node in program.graph.nodes:
+        if node.name == name or name.startswith(node.name):
+            frames = re.findall(r'File "[^"]*?([^"/]+)", line (\d+)', node.meta.get("stack_trace") or "")
+            return f" at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    return ""
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an exception."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}".rstrip(".")
+
+
+def detach_values(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Take the weights out of a model; they become inputs, which no later step can fold or copy.
+
+    Returns:
+        Name of the input -> its values, which refer to torch's tensors.
+    """
+    values = {}
+    for name, value in list(model.graph.initializers.items()):
+        assert value.const_value is not None
+        values[name] = value.const_value
+        value.const_value = None
+        del model.graph.initializers[name]
+        model.graph.inputs.append(value)
+    return values
+
+
+def simplify(model: ir.Model) -> None:
+    """Fold shape arithmetic, drop no-ops and repeated computations, make every constant an initializer."""
+    for transformation in (
+        ir_passes.InlinePass(),
+        ir_passes.RemoveUnusedFunctionsPass(),
+    ):
+        transformation(model)
+    optimizer.fold_constants(
+        model,
+        onnx_shape_inference=False,
+        output_size_limit=LARGEST_FOLDED,
+        should_fold=lambda node: None if node.op_type not in ("QuantizeLinear", "DequantizeLinear") else False,
+    )
+    for transformation in (
+        ir_passes.IdentityEliminationPass(),
+        ir_passes.CommonSubexpressionEliminationPass(),
+        ir_passes.RemoveUnusedNodesPass(),
+        ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        ir_passes.DeduplicateInitializersPass(),
+        ir_passes.OutputFixPass(),
+        ir_passes.RemoveUnusedOpsetsPass(),
+    ):
+        transformation(model)
+
+
+def module_path_of(node: ir.Node) -> str:
+    """Dotted name of the user's module that a node was translated from; empty for the model itself."""
+    text = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    scopes = re.findall(r"'([^']*)'", text)
+    return scopes[-2] if len(scopes) > 1 else ""
+
+
+def refuse_foreign_ops(model: ir.Model) -> None:
+    """Every node must belong to ONNX itself.
+
+    Raises:
+        PassError: naming the first that does not.
+    """
+    for node in model.graph:
+        if node.domain not in ONNX_DOMAINS:
+            raise PassError(
+                f"{node.name} became {node.domain}::{node.op_type}, which is no ONNX op.",
+                "Write it with other torch ops, or keep this part outside the model.",
+            )
