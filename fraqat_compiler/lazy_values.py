@@ -89,6 +89,7 @@ def type_range(dtype: np.dtype[Any]) -> tuple[int, int]:
 
 
 def element_count(shape: Sequence[int]) -> int:
+    """Elements of a tensor; 1 for a scalar."""
     return int(np.prod(shape, dtype=np.int64))
 
 
@@ -99,6 +100,7 @@ def stored_bytes(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
 
 
 def onnx_type(dtype: np.dtype[Any]) -> int:
+    """ONNX's number of a NumPy type."""
     return int(helper.np_dtype_to_tensor_dtype(dtype))
 
 

@@ -71,10 +71,8 @@ def _structure(graph: gs.Graph) -> ModelProto:
 
 def to_proto(tensor: gs.Constant) -> TensorProto:
     """A constant as a file holds it."""
-    proto = onnx.helper.make_tensor(
-        tensor.name, lazy_values.onnx_type(lazy_values.dtype_of(tensor)), tensor.shape, _bytes(tensor), raw=True
-    )
-    return proto
+    data_type = lazy_values.onnx_type(lazy_values.dtype_of(tensor))
+    return onnx.helper.make_tensor(tensor.name, data_type, tensor.shape, _bytes(tensor), raw=True)
 
 
 def _bytes(tensor: gs.Constant) -> bytes:
@@ -103,13 +101,12 @@ def _external_entry(tensor: gs.Constant, location: str, offset: int, length: int
 
 
 def load(path: Path) -> gs.Graph:
-    """The graph of an ONNX file; weights stay in the file's message, or outside, until they are needed.
+    """The graph of an ONNX file, shapes and types of all tensors inferred; weights stay packed until they are needed.
 
     Raises:
         VerificationError: the file is damaged, or its weights are missing.
     """
-    model = _load_model(path)
-    graph = gs.import_onnx(model)
+    graph = gs.import_onnx(shape_inference.infer_shapes(_load_model(path)))
     for tensor in _constants(graph):
         tensor.values = lazy_values.of_proto(tensor._values.tensor, str(path.parent))
         tensor.data_location = None
@@ -166,7 +163,7 @@ def summary(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> None:
-    """Verify a file: ONNX's full check, ONNX's own ops alone, no float copy of a quantized weight, onnxruntime loads it.
+    """Verify a file: ONNX's full check, its own ops alone, no float copy of a quantized weight, onnxruntime loads it.
 
     Raises:
         VerificationError: one of these does not hold.

@@ -25,6 +25,7 @@ def made_by(tensor: gs.Tensor, op: str) -> gs.Node | None:
 
 
 def is_constant(tensor: gs.Tensor) -> bool:
+    """Whether a tensor's values are part of the graph."""
     return isinstance(tensor, gs.Constant)
 
 
@@ -126,23 +127,30 @@ def replace_everywhere(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
     graph.outputs = [new if tensor is old else tensor for tensor in graph.outputs]
 
 
-def insert_pair(graph: gs.Graph, names: Names, tensor: gs.Tensor, like: gs.Node, readers: Sequence[gs.Node]) -> None:
-    """Put Q and DQ with the parameters of `like` between `tensor` and the given readers of it."""
-    base = _node_base(tensor)
+def insert_pair(
+    graph: gs.Graph, names: Names, tensor: gs.Tensor, like: gs.Node, readers: Sequence[gs.Node]
+) -> gs.Variable:
+    """Put Q and DQ with the parameters of `like` between `tensor` and the given readers of it.
+
+    Returns:
+        The dequantized tensor.
+    """
     codes = gs.Variable(names.free(f"{tensor.name}_q"), dtype=code_type(like), shape=tensor.shape)
-    values = gs.Variable(names.free(f"{tensor.name}_dq"), dtype=tensor.dtype, shape=tensor.shape)
+    dequantized = gs.Variable(names.free(f"{tensor.name}_dq"), dtype=tensor.dtype, shape=tensor.shape)
     for reader in readers:
-        replace_input(reader, tensor, values)
-    parameters, attributes = like.inputs[1:], dict(like.attrs)
-    for op, source, result in ((QUANTIZE, tensor, codes), (DEQUANTIZE, codes, values)):
-        name = names.free(f"{base}/{op}" if base else op)
-        node = gs.Node(op, name, dict(attributes), [source, *parameters], [result])
+        replace_input(reader, tensor, dequantized)
+    base = _module_prefix(tensor)
+    for op, source, result in ((QUANTIZE, tensor, codes), (DEQUANTIZE, codes, dequantized)):
+        node = gs.Node(op, names.free(base + op), dict(like.attrs), [source, *like.inputs[1:3]], [result])
         graph.nodes.append(node)
+    return dequantized
 
 
-def _node_base(tensor: gs.Tensor) -> str:
+def _module_prefix(tensor: gs.Tensor) -> str:
+    """`blocks.0.attn/`, the module whose node computes a tensor."""
     node = producer(tensor)
-    return node.name.rpartition("/")[0] if node is not None else ""
+    module, slash, _ = (node.name if node is not None else f"{tensor.name}/").rpartition("/")
+    return module + slash
 
 
 def finish(graph: gs.Graph) -> gs.Graph:

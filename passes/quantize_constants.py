@@ -1,17 +1,130 @@
 """quantize-constants."""
 
 from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
+
+import numpy as np
 import onnx_graphsurgeon as gs
+import torch
+
+from fraqat_compiler import lazy_values, qdq, quantizer
+from fraqat_compiler.lazy_values import Array, LazyArray
 from fraqat_compiler.pass_base import OnnxPass, PassContext, PassResult
+from fraqat_compiler.quant_spec import QuantSpec
+
+# The inputs that are values like their neighbours; other ops' constants are shapes, bounds or exponents.
+_VALUE_INPUTS: dict[str, slice] = {
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat", "PRelu", "MatMul"), slice(0, None)),
+    "Where": slice(1, 3),
+}
 
 
 @dataclass(frozen=True)
 class QuantizeConstants(OnnxPass):
-    """In the making."""
+    """Quantize the float constants among quantized tensors: the 0.125 of a Mul, the addends and tables of others.
+
+    Before: `Mul(DQ(x), 0.125)`. After: `Mul(DQ(x), DQ(code))` at the width of x. One value, whatever the shape, is
+    held exactly: its scale is the value divided by a power of two, so that code * scale gives it back; tables get the
+    least grid that spans them. Does nothing where another input is in float, and to shapes, bounds, exponents and
+    padding, and to values that are not finite.
+    """
 
     name: ClassVar[str] = "quantize-constants"
 
     def run(self, model: gs.Graph, ctx: PassContext) -> PassResult:
-        return PassResult(model, modified=False)
+        quantization = _Quantization(model)
+        changes = []
+        for node in list(model.nodes):
+            changes += [f"quantized {name} of {node.name}" for name in quantization.quantize_inputs(node)]
+        if changes:
+            qdq.finish(model)
+        return PassResult(model, bool(changes), tuple(changes))
+
+
+class _Quantization:
+    """One run: a constant that several nodes read is quantized once for each type."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.graph = graph
+        self.names = qdq.Names(graph)
+        self.zero_points = qdq.SharedConstants(graph, self.names)
+        self.done: dict[tuple[str, str], gs.Variable] = {}
+
+    def quantize_inputs(self, node: gs.Node) -> list[str]:
+        """Quantize the constants that a node reads as values; the names of those that were."""
+        values = node.inputs[_VALUE_INPUTS[node.op]] if node.op in _VALUE_INPUTS else []
+        constants = [tensor for tensor in values if qdq.is_constant(tensor)]
+        stored = _widest_type([tensor for tensor in values if not qdq.is_constant(tensor)])
+        if stored is None:
+            return []
+        fit = [tensor for tensor in constants if _is_quantizable(tensor)]
+        for tensor in fit:
+            qdq.replace_input(node, tensor, self._quantized(tensor, stored))
+        return [tensor.name for tensor in fit]
+
+    def _quantized(self, tensor: gs.Constant, stored: np.dtype[np.generic]) -> gs.Variable:
+        key = (tensor.name, str(stored))
+        if key not in self.done:
+            self.done[key] = self._dequantize(tensor, stored)
+        return self.done[key]
+
+    def _dequantize(self, tensor: gs.Constant, stored: np.dtype[np.generic]) -> gs.Variable:
+        values = lazy_values.values_of(tensor)
+        codes, scale, zero_point = quantized(values, stored)
+        names = self.names
+        codes_constant = gs.Constant(names.free(f"{tensor.name}_q"), LazyArray(values.shape, stored, lambda: codes))
+        scale_constant = lazy_values.constant(names.free(f"{tensor.name}_scale"), scale)
+        result = gs.Variable(names.free(f"{tensor.name}_dq"), dtype=np.float32, shape=list(values.shape))
+        name = names.free(f"{tensor.name}/{qdq.DEQUANTIZE}")
+        inputs = [codes_constant, scale_constant, self.zero_points.zero_point(zero_point)]
+        self.graph.nodes.append(gs.Node(qdq.DEQUANTIZE, name, {}, inputs, [result]))
+        return result
+
+
+def _widest_type(tensors: list[gs.Tensor]) -> np.dtype[np.generic] | None:
+    """The type of the codes of quantized tensors; None where one is in float, or there is none."""
+    quantizers = [qdq.made_by(tensor, qdq.DEQUANTIZE) for tensor in tensors]
+    types = [qdq.code_type(node) for node in quantizers if node is not None and qdq.is_scalar(node)]
+    if not types or len(types) != len(tensors):
+        return None
+    return max(types, key=lambda dtype: dtype.itemsize)
+
+
+def _is_quantizable(tensor: gs.Constant) -> bool:
+    if lazy_values.dtype_of(tensor) != np.float32 or lazy_values.element_count(tensor.shape) == 0:
+        return False
+    return bool(np.isfinite(lazy_values.values_of(tensor)).all())
+
+
+def quantized(values: Array, stored: np.dtype[np.generic]) -> tuple[Array, Array, Array]:
+    """Codes (shaped like `values`), scale and zero point (scalars) of a constant in an integer type."""
+    first = values.reshape(-1)[0]
+    if (values == first).all():
+        code, scale, zero_point = _exact(np.float32(first), stored)
+        return np.full(values.shape, code, stored), scale, zero_point
+    bits = stored.itemsize * 8
+    signed = stored.kind == "i"
+    spec = QuantSpec(bit_width=bits, symmetric=False, signed=signed)
+    tensor = torch.from_numpy(values)
+    scale, zero_point = quantizer.asymmetric_parameters(tensor.amin(), tensor.amax(), spec)
+    codes = quantizer.quantize(tensor, scale, zero_point, spec.quant_min, spec.quant_max)
+    return codes.numpy().astype(stored), scale.numpy(), zero_point.numpy().astype(stored)
+
+
+def _exact(value: np.float32, stored: np.dtype[np.generic]) -> tuple[int, Array, Array]:
+    """Code, scale and zero point that give a value back exactly.
+
+    A power of two as distance between code and zero point divides without rounding, as long as the scale is a normal
+    number; a distance of 1 always does.
+    """
+    lowest, highest = lazy_values.type_range(stored)
+    distance = (highest - lowest + 1) // 2
+    if abs(value) / distance < np.finfo(np.float32).tiny:
+        distance = 1
+    scale = np.array(abs(value) / np.float32(distance) if value else 1.0, np.float32)
+    code, zero_point = (lowest + distance, lowest) if value > 0 else (lowest, lowest + distance)
+    if not value:
+        code = zero_point
+    return code, scale, np.array(zero_point, stored)

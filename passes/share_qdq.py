@@ -1,17 +1,179 @@
 """share-qdq."""
 
 from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
+
+import numpy as np
 import onnx_graphsurgeon as gs
+
+from fraqat_compiler import lazy_values, qdq
 from fraqat_compiler.pass_base import OnnxPass, PassContext, PassResult
+from fraqat_compiler.qdq import Names
+
+# Every value of the output is a value of the first input.
+_MOVES = frozenset(
+    "Reshape Transpose Flatten Squeeze Unsqueeze Slice Split Gather GatherElements GatherND Expand Tile Identity "
+    "DepthToSpace SpaceToDepth MaxPool".split()
+)
+_BOUNDS = frozenset({"Relu", "Clip"})
 
 
 @dataclass(frozen=True)
 class ShareQdq(OnnxPass):
-    """In the making."""
+    """Give every op that moves or bounds values a quantizer on both sides, with one scale and zero point.
+
+    Hardware that reads QDQ wants each op as DequantizeLinear (DQ) -> op -> QuantizeLinear (Q). Before:
+    `DQ -> Transpose -> Softmax` and `Conv -> Relu -> Q`. After: `DQ -> Transpose -> Q -> DQ -> Softmax` and
+    `Conv -> Q -> DQ -> Relu -> Q`, the new pairs with the parameters of the old. Two Reshapes that then follow each
+    other become one. Does nothing where both sides are quantized already, and to quantizers of weights.
+
+    No result changes. Let q be rounding to a grid and back: q(q(x)) = q(x), so a second q after an op that only moves
+    values does nothing. And q is monotonic, so for an op f that clamps to [a, b], q(f(q(x))) = q(f(x)): where x <= a,
+    q(x) <= q(a), so f(q(x)) lies between a and q(a) or is a, which q takes to q(a); likewise at b; between them both
+    sides are q(x), or q of the bound that q(x) crossed, which is the same code.
+    """
 
     name: ClassVar[str] = "share-qdq"
 
     def run(self, model: gs.Graph, ctx: PassContext) -> PassResult:
-        return PassResult(model, modified=False)
+        model.toposort()
+        names = Names(model)
+        changes = [f"quantized before {name}" for name in _quantize_sources(model, names)]
+        changes += [f"merged {name}" for name in _merge_reshapes(model)]
+        changes += [f"quantized after {name}" for name in _quantize_results(model, names)]
+        if changes:
+            qdq.finish(model)
+        return PassResult(model, bool(changes), tuple(changes))
+
+
+# Q after an op: the same Q before it
+
+
+def _quantize_sources(graph: gs.Graph, names: Names) -> list[str]:
+    done = []
+    for node in list(graph.nodes)[::-1]:
+        if node.op != qdq.QUANTIZE or not qdq.is_scalar(node):
+            continue
+        while (op := _op_to_precede(graph, node)) is not None:
+            qdq.insert_pair(graph, names, op.inputs[0], node, [op])
+            done.append(op.name)
+            node = qdq.producer(qdq.producer(op.inputs[0]).inputs[0])  # type: ignore[union-attr]
+    return done
+
+
+def _op_to_precede(graph: gs.Graph, quantizer: gs.Node) -> gs.Node | None:
+    """The op before Q, where only this Q reads it and its own input is computed in float for it alone."""
+    result = quantizer.inputs[0]
+    op = qdq.producer(result)
+    if op is None or not (op.op in _BOUNDS or _moves(op)) or op.op == "Concat" or len(op.outputs) > 1:
+        return None
+    source = op.inputs[0]
+    alone = len(result.outputs) == 1 and len(source.outputs) == 1
+    if not alone or any(tensor in graph.outputs for tensor in (result, source)):
+        return None
+    if qdq.is_constant(source) or qdq.made_by(source, qdq.DEQUANTIZE) is not None:
+        return None
+    return op
+
+
+# DQ before an op: the same pair after it
+
+
+def _quantize_results(graph: gs.Graph, names: Names) -> list[str]:
+    done = []
+    for node in list(graph.nodes):
+        shared = _shared_quantizer(node)
+        results = node.outputs[:1] if node.op == "MaxPool" else node.outputs
+        for result in [] if shared is None else results:
+            if _quantize_readers(graph, names, result, shared):
+                done.append(node.name)
+    return done
+
+
+def _shared_quantizer(node: gs.Node) -> gs.Node | None:
+    """The DQ of the op's input, or of all inputs of a Concat when they are equal."""
+    if node.op != "Relu" and not _moves(node):
+        return None
+    sources = node.inputs if node.op == "Concat" else node.inputs[:1]
+    quantizers = [qdq.made_by(tensor, qdq.DEQUANTIZE) for tensor in sources]
+    first = quantizers[0]
+    if first is None or not _is_activation(first):
+        return None
+    equal = all(other is not None and qdq.same_parameters(first, other) for other in quantizers)
+    return first if equal and _keeps_grid(node, first) else None
+
+
+def _is_activation(quantizer: gs.Node) -> bool:
+    return qdq.is_scalar(quantizer) and not qdq.is_constant(quantizer.inputs[0])
+
+
+def _quantize_readers(graph: gs.Graph, names: Names, result: gs.Tensor, like: gs.Node) -> bool:
+    readers = [reader for reader in result.outputs if reader.op != qdq.QUANTIZE]
+    is_output = any(tensor is result for tensor in graph.outputs)
+    if not readers and not is_output:
+        return False
+    dequantized = qdq.insert_pair(graph, names, result, like, readers)
+    if is_output:
+        graph.outputs = [dequantized if tensor is result else tensor for tensor in graph.outputs]
+        result.name, dequantized.name = names.free(f"{result.name}_float"), result.name
+    return True
+
+
+def _moves(node: gs.Node) -> bool:
+    if node.op == "Resize":
+        return bool(node.attrs.get("mode", "nearest") == "nearest")
+    return node.op in _MOVES or node.op in ("Concat", "Pad")
+
+
+def _keeps_grid(node: gs.Node, quantizer: gs.Node) -> bool:
+    """Whether what a Pad adds is a value of the grid; the other ops add none."""
+    if node.op != "Pad" or node.attrs.get("mode", "constant") != "constant":
+        return True
+    if len(node.inputs) < 3 or node.inputs[2].is_empty():
+        return True  # it pads by 0, which every grid holds
+    value = node.inputs[2]
+    return qdq.is_constant(value) and _is_on_grid(float(lazy_values.values_of(value)), quantizer)
+
+
+def _is_on_grid(value: float, quantizer: gs.Node) -> bool:
+    scale, zero_point = (lazy_values.values_of(tensor) for tensor in quantizer.inputs[1:3])
+    lowest, highest = lazy_values.type_range(zero_point.dtype)
+    code = np.clip(np.round(np.float32(value) / scale) + np.float32(zero_point), lowest, highest)
+    return bool((code - np.float32(zero_point)) * scale == np.float32(value))
+
+
+# Reshapes that follow each other
+
+
+def _merge_reshapes(graph: gs.Graph) -> list[str]:
+    merged = []
+    for node in graph.nodes:
+        if node.op != "Reshape":
+            continue
+        source = _unreshaped(node.inputs[0])
+        if source is not node.inputs[0]:
+            node.inputs[0] = source
+            merged.append(node.name)
+        if _is_no_op(node) and not any(tensor is node.outputs[0] for tensor in graph.outputs):
+            qdq.replace_everywhere(graph, node.outputs[0], node.inputs[0])
+    return merged
+
+
+def _unreshaped(tensor: gs.Tensor) -> gs.Tensor:
+    """The tensor before a Reshape that made this one, past a pair that only repeats the quantizer before it."""
+    quantizer = qdq.made_by(tensor, qdq.DEQUANTIZE)
+    inner = qdq.made_by(quantizer.inputs[0], qdq.QUANTIZE) if quantizer else None
+    reshape = qdq.made_by(inner.inputs[0] if inner else tensor, "Reshape")
+    if reshape is None:
+        return tensor
+    outer = qdq.made_by(reshape.inputs[0], qdq.DEQUANTIZE)
+    if quantizer is not None and (outer is None or not qdq.same_parameters(outer, quantizer)):
+        return tensor
+    return reshape.inputs[0]
+
+
+def _is_no_op(node: gs.Node) -> bool:
+    before, after = node.inputs[0].shape, node.outputs[0].shape
+    return before is not None and after is not None and list(before) == list(after)
