@@ -137,7 +137,7 @@ def compile(  # noqa: A001 - the product's verb; called as fraqat_compiler.compi
     if missing:
         raise TargetError(f'target "{target.name}" cannot run here: {missing}')
     loaded = _job(job, example_inputs)
-    with OutputFolder(Path(output), resume=resume) as folder:
+    with OutputFolder(Path(output)) as folder:
         compilation = _Compilation(loaded, settings, target, folder, progress or Progress(), tuple(instruments), resume)
         return compilation.run()
 

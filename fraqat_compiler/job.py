@@ -12,8 +12,8 @@ and, where it can,
 - `evaluate(run) -> dict[str, float]`: metrics of anything that is called like the model,
 - `samples(run)`: an image array, uint8 (height, width) or (height, width, 3), for the report.
 
-A batch is a tuple of positional or a dict of keyword inputs. `file.py:function` names a function that returns such an
-object, or a `Job`.
+A batch is a tuple of positional or a dict of keyword inputs. `file.py:function` names a function that returns a `Job`,
+or an object or dict with the functions above. Modules beside a job file are importable while its code runs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,11 +34,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fraqat_compiler.errors import DataError, JobError
+from fraqat_compiler.errors import DataError, FraqatError, JobError
+from fraqat_compiler.siblings import siblings
 
 Batch = Any
 Run = Callable[..., Any]
-_OPTIONAL = ("calibration_data", "train_data", "evaluate", "samples", "weights")
+_REQUIRED = ("model", "example_inputs")
+_OPTIONAL = ("calibration_data", "train_data", "evaluate", "samples")
+_FORMS = "A job is FILE.py, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION."
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,6 @@ class Job:
 
     Attributes:
         name: for the report.
-        folder: of the job file, where sibling modules are found while its functions run; None for a Job made in code.
     """
 
     name: str
@@ -56,8 +59,6 @@ class Job:
     train_data: Callable[[], Iterable[Batch]] | None = None
     evaluate: Callable[[Run], dict[str, float]] | None = None
     samples: Callable[[Run], Any] | None = None
-    weights: Callable[[], str | Path] | None = None
-    folder: Path | None = None
 
     @classmethod
     def from_model(cls, model: nn.Module, example_inputs: Any, name: str | None = None, **functions: Any) -> Job:
@@ -89,7 +90,7 @@ def refuse_unfit(batch: Batch, example: Mapping[str, Any], index: int) -> None:
     got = _structure(batch)
     if got.keys() != example.keys():
         raise DataError(
-            f"calibration batch {index} has inputs {', '.join(got) or 'none'}; expected {', '.join(example)}.",
+            f"calibration batch {index} has inputs ({', '.join(got) or 'none'}), expected ({', '.join(example)}).",
             "Yield tuples of positional or dicts of keyword inputs, as example_inputs() returns.",
         )
     for name, leaf in got.items():
@@ -102,10 +103,16 @@ def refuse_unfit(batch: Batch, example: Mapping[str, Any], index: int) -> None:
 
 def _structure(batch: Batch) -> dict[str, Any]:
     """What each leaf of a batch is, by its path; tensors as dtype and shape."""
-    if isinstance(batch, list):
-        batch = tuple(batch)
+    if isinstance(batch, list | tuple):
+        batch = tuple(batch)  # a named tuple is one of positional inputs too
     leaves = pytree.tree_flatten_with_path((batch,) if isinstance(batch, torch.Tensor) else batch)[0]
-    return {pytree.keystr(path): _kind(leaf) for path, leaf in leaves}
+    return {_input_name(path): _kind(leaf) for path, leaf in leaves}
+
+
+def _input_name(path: tuple[Any, ...]) -> str:
+    """`0` or `mask`, then where in it: `cache[1]`."""
+    first = path[0].key if isinstance(path[0], pytree.MappingKey) else path[0].idx
+    return f"{first}{pytree.keystr(path[1:])}"
 
 
 def _kind(leaf: Any) -> Any:
@@ -126,115 +133,116 @@ def load_job(text: str) -> Job:
             f"{source} is an ONNX file; compile starts from a PyTorch model.",
             "`fraqat opt` runs ONNX passes on such a file and `fraqat inspect` shows what it holds.",
         )
-    if source.endswith(".py"):
-        module, folder = _load_file(Path(source)), Path(source).resolve().parent
-    else:
-        module, folder = _load_module(source, text), None
-    holder: Any = module
-    name = Path(source).parent.name if Path(source).stem == "job" else Path(source).stem
-    if function:
-        holder, name = _call(module, function, text, folder), function
-    return holder if isinstance(holder, Job) else _job_of(holder, name or Path(source).stem, text, folder)
+    origin = _Origin(text, Path(source).resolve().parent if source.endswith(".py") else Path.cwd())
+    with origin.running():
+        holder: Any = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
+        if function:
+            holder = _call(holder, function, text)
+    return holder if isinstance(holder, Job) else _job_of(holder, function or job_name(source), origin)
+
+
+def job_name(source: str) -> str:
+    """What a job is called: its file, or the folder of a `job.py`; the last part of a module."""
+    path = Path(source.partition(":")[0])
+    if path.suffix != ".py":
+        return str(path).rpartition(".")[2]
+    return path.resolve().parent.name if path.stem == "job" else path.stem
 
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise JobError(f"there is no file {path}.", "A job is FILE.py, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION.")
-    spec = importlib.util.spec_from_file_location(f"fraqat_job_{path.stem}", path)
+        raise JobError(f"there is no file {path}.", _FORMS)
+    spec = importlib.util.spec_from_file_location(f"fraqat_job_{path.stem}", path.resolve())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickles of the job's classes look their module up
-    with _siblings(path.resolve().parent), _user_errors(str(path)):
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 
-def _load_module(name: str, text: str) -> ModuleType:
-    with _siblings(Path.cwd()), _user_errors(text):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-                raise JobError(
-                    f"there is no module {name!r}.", "A job is FILE.py, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION."
-                ) from error
-            raise
+def _load_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise JobError(f"there is no module {name!r}.", _FORMS) from error
+        raise
 
 
-def _call(module: ModuleType, function: str, text: str, folder: Path | None) -> Any:
+def _call(module: ModuleType, function: str, text: str) -> Any:
     if not callable(getattr(module, function, None)):
         raise JobError(f"{text}: the module defines no function {function}().")
-    with _siblings(folder), _user_errors(text):
-        return getattr(module, function)()
+    return getattr(module, function)()
 
 
-def _job_of(holder: Any, name: str, text: str, folder: Path | None) -> Job:
+def _job_of(holder: Any, name: str, origin: _Origin) -> Job:
     get = holder.get if isinstance(holder, Mapping) else lambda key: getattr(holder, key, None)
-    for required in ("model", "example_inputs"):
+    for required in _REQUIRED:
         if not callable(get(required)):
             raise JobError(
-                f"{text} defines no {required}().", "A job defines model() and example_inputs(); see the README."
+                f"{origin.text} defines no {required}().", "A job defines model() and example_inputs(); see the README."
             )
-    functions = {key: get(key) for key in ("model", "example_inputs", *_OPTIONAL)}
-    guarded = {key: _guarded(value, text, folder) for key, value in functions.items() if callable(value)}
-    return Job(name=name, folder=folder, **guarded)
+    if callable(get("weights")):
+        raise JobError(
+            f"{origin.text} defines weights(), and weights cannot be streamed from shards yet.",
+            "Load them in model() and remove weights().",
+        )
+    functions = {key: get(key) for key in (*_REQUIRED, *_OPTIONAL)}
+    return Job(name=name, **{key: origin.guarded(value) for key, value in functions.items() if callable(value)})
 
 
-def _guarded(function: Callable[..., Any], text: str, folder: Path | None) -> Callable[..., Any]:
-    """The function with its folder importable and its errors told with the user's line; iterators stay lazy."""
+@dataclass(frozen=True)
+class _Origin:
+    """Where a job comes from.
 
-    def call(*args: Any) -> Any:
-        with _siblings(folder), _user_errors(text):
-            result = function(*args)
-        return _guarded_iterator(result, text, folder) if isinstance(result, Iterator) else result
+    Attributes:
+        text: as the user named it.
+        folder: what its code imports from first.
+    """
 
-    return call
+    text: str
+    folder: Path
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The user's code runs: its folder is importable, and its errors become JobErrors that name its line."""
+        try:
+            with siblings(self.folder):
+                yield
+        except FraqatError:
+            raise
+        except (Exception, SystemExit) as error:  # the user's code may raise anything, or leave
+            cause = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise JobError(f"{self.text}: {cause}{_user_line(error)}.") from error
 
-def _guarded_iterator(batches: Iterator[Any], text: str, folder: Path | None) -> Iterator[Any]:
-    end = object()
-    while True:
-        with _siblings(folder), _user_errors(text):
-            batch = next(batches, end)
-        if batch is end:
-            return
-        yield batch
+    def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, run as the user's code; an iterator that it returns stays lazy."""
 
+        def call(*args: Any) -> Any:
+            with self.running():
+                result = function(*args)
+            return self._guarded_iterator(result) if isinstance(result, Iterator) else result
 
-@contextmanager
-def _siblings(folder: Path | None) -> Iterator[None]:
-    """Let the job's own folder be imported from, first of all places."""
-    if folder is None:
-        yield
-        return
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
+        return call
 
-
-@contextmanager
-def _user_errors(text: str) -> Iterator[None]:
-    """Turn an error of the user's code into a JobError that names its line; our own errors pass."""
-    from fraqat_compiler.errors import FraqatError
-
-    try:
-        yield
-    except FraqatError:
-        raise
-    except Exception as error:  # the user's code may raise anything
-        raise JobError(f"{text}: {type(error).__name__}: {error}{_user_line(error)}.") from error
+    def _guarded_iterator(self, batches: Iterator[Any]) -> Iterator[Any]:
+        end = object()
+        while True:
+            with self.running():
+                batch = next(batches, end)
+            if batch is end:
+                return
+            yield batch
 
 
-def _user_line(error: Exception) -> str:
-    """` (file.py:12: code)` of the deepest frame outside this package and the standard library's importer."""
-    own = str(Path(__file__).parent)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(own) and "importlib" not in frame.filename and frame.filename[0] != "<"
-    ]
+def _user_line(error: BaseException) -> str:
+    """` (file.py:12: code)` of the deepest frame that is neither ours nor a library's."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({Path(error.filename).name}:{error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+def _is_users(filename: str) -> bool:
+    libraries = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return not filename.startswith((*libraries, str(Path(__file__).parent), "<"))

@@ -1,7 +1,7 @@
 """manifest.json: the sha256 of every result, and what made it.
 
 It names no host, user, time or absolute path. The same inputs give the same bytes of every file but those under
-`not_reproducible`: the reports hold measured seconds, and so their digests differ from run to run.
+`not_reproducible`: the reports hold measured seconds, and the manifest holds the reports' digests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fraqat_compiler.errors import VerificationError
-from fraqat_compiler.output_folder import CHECKPOINTS, LOCK_FILE, MANIFEST_FILE, REPRODUCER
+from fraqat_compiler.output_folder import BOOKKEEPING, MANIFEST_FILE
 
 PACKAGES = (
     "fraqat_compiler",
@@ -25,8 +25,7 @@ PACKAGES = (
     "onnxscript",
     "numpy",
 )
-NOT_REPRODUCIBLE = ("report.json", "report.html")
-_IGNORED = {MANIFEST_FILE, LOCK_FILE, CHECKPOINTS, REPRODUCER}
+NOT_REPRODUCIBLE = (MANIFEST_FILE, "report.html", "report.json")
 
 
 def write_manifest(folder: Path, report: dict[str, Any]) -> None:
@@ -84,7 +83,7 @@ def sha256(path: Path) -> str:
 
 def _files(folder: Path) -> list[str]:
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(path.as_posix() for path in paths if path.parts[0] not in _IGNORED)
+    return sorted(path.as_posix() for path in paths if path.parts[0] not in BOOKKEEPING)
 
 
 def _versions() -> dict[str, str]:

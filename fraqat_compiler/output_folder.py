@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import IO
 from fraqat_compiler.errors import OutputError
 
 MANIFEST_FILE = "manifest.json"
-LOCK_FILE = ".lock"
-STAGING = ".staging"
+LOCK_FILE = ".fraqat.lock"
+STAGING = ".fraqat.staging"
+RESULTS_FILE = ".fraqat.results"
 CHECKPOINTS = "checkpoints"
 REPRODUCER = "reproducer"
-_OURS = {MANIFEST_FILE, LOCK_FILE, STAGING, CHECKPOINTS, REPRODUCER}
+BOOKKEEPING = (MANIFEST_FILE, LOCK_FILE, STAGING, RESULTS_FILE, CHECKPOINTS, REPRODUCER)
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -31,22 +33,21 @@ class OutputFolder:
     """A context manager over the output folder of one compile.
 
     Results are written to `staging` and moved to their place by `commit`, the manifest last: a folder with a manifest
-    is whole. What an earlier compile left stays until then.
+    is whole. What an earlier compile left stays until then; files that no compile wrote stay for ever. Checkpoints are
+    the fine-tune's own, and outlive a compile that fails.
 
     Args:
         path: the folder; made when missing.
-        resume: keep the checkpoints of an interrupted compile.
 
     Raises:
-        OutputError: in use by another compile, read-only, or full of something that is not ours.
+        OutputError: in use by another compile, not writable, or full of something that is not ours.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         self.staging = self.path / STAGING
         self.checkpoints = self.path / CHECKPOINTS
         self.reproducer = self.path / REPRODUCER
-        self._resume = resume
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> OutputFolder:
@@ -60,47 +61,52 @@ class OutputFolder:
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is a file.", "Name a folder with -o.")
         self.path.mkdir(parents=True, exist_ok=True)
-        present = {entry.name for entry in self.path.iterdir()}
-        if present and not present & _OURS:
+        present = sorted(entry.name for entry in self.path.iterdir())
+        if present and LOCK_FILE not in present and not _is_manifest(self.path / MANIFEST_FILE):
             raise OutputError(
-                f"{self.path} holds files that no compile wrote ({sorted(present)[0]}, ...).", "Name an empty folder."
+                f"{self.path} holds files that no compile wrote ({present[0]}, ...).", "Name a new or empty folder."
             )
-        self._take_lock()
+        self._lock = self._locked()
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir()
-        shutil.rmtree(self.reproducer, ignore_errors=True)
-        if not self._resume:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-    def _take_lock(self) -> None:
-        self._lock = (self.path / LOCK_FILE).open("w")
+    def _locked(self) -> IO[str]:
+        lock = (self.path / LOCK_FILE).open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.close()
+            lock.close()
             raise OutputError(
                 f"{self.path} is in use by another compile.", "Wait for it, or name another folder."
             ) from None
+        return lock
 
     def commit(self) -> Path:
-        """Move the results to their place, in the order that leaves no lie behind; returns the folder."""
-        (self.path / MANIFEST_FILE).unlink(missing_ok=True)
-        self._remove_old_results()
-        files = sorted(path for path in self.staging.rglob("*") if path.is_file())
-        for file in sorted(files, key=lambda path: path.name == MANIFEST_FILE):
-            place = self.path / file.relative_to(self.staging)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, place)
+        """Move the results to their place, in the order that leaves no lie behind; returns the folder.
+
+        The names of old and new results are noted first: should this be cut off, the next commit removes them all.
+        """
+        new = sorted(file.relative_to(self.staging).as_posix() for file in self.staging.rglob("*") if file.is_file())
+        old = self._old_results()
+        (self.staging / RESULTS_FILE).write_text(json.dumps(sorted({*old, *new})), encoding="utf-8")
+        os.replace(self.staging / RESULTS_FILE, self.path / RESULTS_FILE)
+        for name in [MANIFEST_FILE, *sorted(old - {MANIFEST_FILE})]:
+            (self.path / name).unlink(missing_ok=True)
+        for name in sorted(new, key=lambda name: name == MANIFEST_FILE):
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.staging / name, self.path / name)
+        (self.path / RESULTS_FILE).unlink()
+        shutil.rmtree(self.reproducer, ignore_errors=True)
         return self.path
 
-    def _remove_old_results(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.name in _OURS:
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+    def _old_results(self) -> set[str]:
+        """What an earlier compile wrote, a commit that was cut off included."""
+        if (self.path / RESULTS_FILE).is_file():
+            return set(json.loads((self.path / RESULTS_FILE).read_text(encoding="utf-8")))
+        if not _is_manifest(self.path / MANIFEST_FILE):
+            return set()
+        files = json.loads((self.path / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        return {name for name in files if (self.path / name).resolve().is_relative_to(self.path)}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -108,8 +114,12 @@ class OutputFolder:
         shutil.rmtree(self.staging, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS and self._concerns(error):
             raise self._refusal(error) from error
+
+    def _concerns(self, error: OSError) -> bool:
+        """A full disk may come without a name; a refusal elsewhere is another matter."""
+        return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(self.path)
 
     def _refusal(self, error: OSError) -> OutputError:
         cause = _DISK_ERRORS.get(error.errno or 0, error.strerror or str(error))
@@ -117,3 +127,11 @@ class OutputFolder:
             f"the output folder {self.path} cannot be used: {cause}.",
             "Free space or name another folder with -o; --resume goes on from the last checkpoint.",
         )
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether a file is the manifest of a compile, and not another tool's of that name."""
+    try:
+        return "fraqat_compiler" in json.loads(path.read_text(encoding="utf-8"))["packages"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
