@@ -31,7 +31,7 @@ class Observer(ABC):
             DataError: a value is NaN or infinite.
         """
         values = values.detach()
-        low, high = torch.aminmax(values)
+        low, high = values.amin(), values.amax()  # each is many times faster than torch.aminmax on a CPU
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise DataError("calibration met NaN or infinite values.", "Check the model's weights and the data.")
         self._update(values.float(), low.float().cpu(), high.float().cpu())

@@ -29,6 +29,8 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "fold-constants": "fraqat_compiler.passes.fold_constants:FoldConstants",
         "fold-batch-norm": "fraqat_compiler.passes.fold_batch_norm:FoldBatchNorm",
         "decompose-attention": "fraqat_compiler.passes.decompose_attention:DecomposeAttention",
+        "decompose-group-norm": "fraqat_compiler.passes.decompose_group_norm:DecomposeGroupNorm",
+        "decompose-activations": "fraqat_compiler.passes.decompose_activations:DecomposeActivations",
         "clip-masks": "fraqat_compiler.passes.clip_masks:ClipMasks",
         "insert-fake-quant": "fraqat_compiler.passes.insert_fake_quant:InsertFakeQuant",
         "freeze-bit-width": "fraqat_compiler.passes.freeze_bit_width:FreezeBitWidth",

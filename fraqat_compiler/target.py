@@ -133,7 +133,10 @@ class Target(ABC):
 
     def prepare_pipeline(self) -> str:
         """Pipeline text of the passes that run between capture and `insert-fake-quant`."""
-        return "remove-no-ops,fold-constants,fold-batch-norm,decompose-attention,clip-masks"
+        return (
+            "remove-no-ops,fold-constants,fold-batch-norm,decompose-attention,decompose-group-norm,"
+            "decompose-activations,clip-masks"
+        )
 
     def lower_pipeline(self) -> str:
         """Pipeline text from the trained FX graph to the ONNX graph that `compile` takes."""
