@@ -176,19 +176,20 @@ def _call(module: ModuleType, function: str, text: str) -> Any:
 
 
 def _job_of(holder: Any, name: str, origin: _Origin) -> Job:
-    get = holder.get if isinstance(holder, Mapping) else lambda key: getattr(holder, key, None)
+    names = (*_REQUIRED, *_OPTIONAL, "weights")
+    parts = holder if isinstance(holder, Mapping) else {key: getattr(holder, key, None) for key in names}
+    functions = {key: part for key in names if callable(part := parts.get(key))}
     for required in _REQUIRED:
-        if not callable(get(required)):
+        if required not in functions:
             raise JobError(
                 f"{origin.text} defines no {required}().", "A job defines model() and example_inputs(); see the README."
             )
-    if callable(get("weights")):
+    if "weights" in functions:
         raise JobError(
             f"{origin.text} defines weights(), and weights cannot be streamed from shards yet.",
             "Load them in model() and remove weights().",
         )
-    functions = {key: get(key) for key in (*_REQUIRED, *_OPTIONAL)}
-    return Job(name=name, **{key: origin.guarded(value) for key, value in functions.items() if callable(value)})
+    return Job(name=name, **{key: origin.guarded(function) for key, function in functions.items()})
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,41 @@
-"""What the command line shows: rich tables made from the report's dictionary."""
+"""What the command line shows: tables made from the same dictionaries that `--json` prints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from fraqat_compiler.report import PAGE_FILE, format_bytes, format_number, quantized_share
+from fraqat_compiler.report import PAGE_FILE, excess_bytes, format_bytes, format_number, quantized_share
+
+Rows = Iterable[Mapping[str, Any]]
+SHOWN_OPS = 20
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], texts: int = 1) -> Table:
+    """A table whose first `texts` columns are words and whose others are figures."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index < texts else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(_words(cell)) for cell in row))
+    return made
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else format_number(value)
+
+
+def lines(rows: Iterable[str]) -> RenderableType:
+    """Plain text, a line each; brackets in it are not markup."""
+    return Group(*(Text(row) for row in rows))
 
 
 def show_report(console: Console, report: Mapping[str, Any], folder: Path) -> None:
@@ -19,32 +45,34 @@ def show_report(console: Console, report: Mapping[str, Any], folder: Path) -> No
     if report["metrics"]["quantized"]:
         console.print(_metrics(report["metrics"]))
     for line in report.get("warnings", []):
-        console.print(f"[yellow]warning[/] {line}", highlight=False)
-    console.print(f"report: {folder / PAGE_FILE}", highlight=False, soft_wrap=True)
-
-
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
-    """A table whose first column is a name and whose others are figures."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        made.add_row(*(cell if isinstance(cell, str) else format_number(cell) for cell in row))
-    return made
+        console.print(Text.assemble(("warning: ", "yellow"), line))
+    console.print(Text(f"report: {folder / PAGE_FILE}"), soft_wrap=True)
 
 
 def _figures(report: Mapping[str, Any]) -> Table:
     model, onnx, target = report["model"], report["onnx"], report["target"]
-    counts = {status: sum(layer["status"] == status for layer in report["layers"]) for status in ("quantized", "float")}
+    demanded = f"{format_bytes(onnx['expected_bytes'])}, {100 * excess_bytes(report):+.1f} %"
     rows = [
-        ("parameters", f"{model['parameters']:,} ({100 * quantized_share(report):.1f} % quantized)"),
-        ("layers", f"{counts['quantized']} quantized, {counts['float']} float"),
-        ("onnx", f"{format_bytes(onnx['bytes'])} (bit widths demand {format_bytes(onnx['expected_bytes'])})"),
+        ("parameters", f"{model['parameters']:,}, {100 * quantized_share(report):.1f} % of them quantized"),
+        ("layers", _layer_counts(report["layers"])),
+        (onnx["path"], f"{format_bytes(onnx['bytes'])} (its bit widths demand {demanded})"),
         ("target", str(target["text"])),
-        ("artifact", f"{target['artifact']}, {format_bytes(target['bytes'])}"),
+        (target["artifact"], format_bytes(target["bytes"])),
         ("nodes on the CPU", format_number(target["fallback_nodes"])),
+        ("latency", _latency(report["profile"])),
     ]
-    return table(f"{model['name']}", ("", "figure"), rows)
+    return table(str(model["name"]), ("", ""), rows, texts=2)
+
+
+def _layer_counts(layers: Rows) -> str:
+    statuses = [layer["status"] for layer in layers]
+    return f"{statuses.count('quantized')} quantized, {statuses.count('float')} float"
+
+
+def _latency(profile: Mapping[str, Any]) -> str:
+    if profile["latency_ms"] is None:
+        return f"not known to a {profile['source']}"
+    return f"{profile['latency_ms']:.3f} ms, measured by: {profile['source']}"
 
 
 def _parity(parity: Mapping[str, Any]) -> Table:
@@ -60,28 +88,107 @@ def _metrics(metrics: Mapping[str, Any]) -> Table:
     return table("metrics", ("metric", "float", "quantized"), rows)
 
 
-def show_layers(console: Console, report: Mapping[str, Any]) -> None:
+def layer_table(layers: Rows) -> Table:
     """Every layer with its status."""
-    columns = ("layer", "op", "status", "weights", "activations", "granularity", "reason")
-    rows = [
-        (
-            layer["name"],
-            layer["op"],
-            layer["status"],
-            layer["weight_bits"],
-            layer["activation_bits"],
-            layer["granularity"] or "",
-            layer["reason"],
-        )
-        for layer in report["layers"]
-    ]
-    console.print(table("layers", columns, rows))
+    columns = ("layer", "op", "status", "granularity", "reason", "weights", "activations")
+    keys = ("name", "op", "status", "granularity", "reason", "weight_bits", "activation_bits")
+    return table("layers", columns, ([layer[key] for key in keys] for layer in layers), texts=5)
 
 
-def show_passes(console: Console, passes: Iterable[Mapping[str, Any]]) -> None:
+def pass_table(passes: Rows) -> Table:
     """Time and effect of each pass."""
     rows = [
-        (row["name"], f"{1000 * row['seconds']:.1f}", row["nodes_before"], row["nodes_after"], str(row["modified"]))
+        (row["name"], row["modified"], f"{1000 * row['seconds']:.1f}", row["nodes_before"], row["nodes_after"])
         for row in passes
     ]
-    console.print(table("passes", ("pass", "ms", "nodes before", "after", "modified"), rows))
+    return table("passes", ("pass", "modified", "ms", "nodes before", "after"), rows, texts=2)
+
+
+def show_graph(console: Console, facts: Mapping[str, Any]) -> None:
+    """What `inspection` found in a graph or a model."""
+    if facts["kind"] == "module":
+        columns = ("module", "class", "parameters")
+        rows = ([row["name"], row["class"], row["parameters"]] for row in facts["modules"])
+        console.print(table(f"{facts['parameters']:,} parameters", columns, rows, texts=2))
+        return
+    console.print(table("ops", ("op", "nodes"), facts["ops"].items()))
+    if facts["kind"] == "onnx":
+        _show_onnx(console, facts)
+
+
+def _show_onnx(console: Console, facts: Mapping[str, Any]) -> None:
+    rows = ([row["dtype"], row["count"], row["elements"], format_bytes(row["bytes"])] for row in facts["constants"])
+    console.print(table("constants", ("type", "tensors", "elements", "size"), rows))
+    ends = [(tensor["name"], f"{tensor['dtype']}{tensor['shape']}") for tensor in facts["inputs"] + facts["outputs"]]
+    console.print(table("inputs and outputs", ("name", "type"), ends, texts=2))
+    coverage = facts["qdq"]
+    notes = [
+        f"{facts['path']}: {format_bytes(facts['bytes'])}, opset {facts['opset']}, {', '.join(facts['domains'])}",
+        f"{coverage['quantized']} of {coverage['nodes']} nodes stand between DequantizeLinear and QuantizeLinear",
+        *(f"  in float: {name}" for name in coverage["float"][:SHOWN_OPS]),
+    ]
+    console.print(lines(notes), soft_wrap=True)
+
+
+def show_checks(console: Console, checks: Rows) -> None:
+    """What `verify` found."""
+    rows = [(_verdict(check["holds"]), check["name"], check["detail"]) for check in checks]
+    console.print(table("verify", ("", "check", "detail"), rows, texts=3))
+
+
+def _verdict(holds: bool) -> Text:
+    return Text("holds", "green") if holds else Text("FAILS", "bold red")
+
+
+def show_profile(console: Console, profile: Mapping[str, Any], shown: int = SHOWN_OPS) -> None:
+    """Where the time goes."""
+    if profile["ops"]:
+        rows = [list(op.values()) for op in profile["ops"][:shown]]
+        console.print(table(f"ops, in {profile['unit']}", list(profile["ops"][0]), rows))
+    notes = [f"latency: {_latency(profile)}", *profile["notes"]]
+    console.print(lines(notes), soft_wrap=True)
+
+
+def show_explanation(console: Console, facts: Mapping[str, Any]) -> None:
+    """What `explain` found."""
+    console.print(layer_table(facts["layers"]))
+    changes = [(row["pass"], row["change"]) for row in facts["passes"]]
+    console.print(table("passes that touched it", ("pass", "change"), changes, texts=2))
+    constants = [(c["name"], c["dtype"], str(c["shape"]), format_bytes(c["bytes"])) for c in facts["constants"]]
+    console.print(table("constants in the file", ("name", "type", "shape", "size"), constants, texts=3))
+    console.print(table("nodes in the file", ("name", "op"), ((n["name"], n["op"]) for n in facts["nodes"]), texts=2))
+    if facts["profile"]:
+        rows = [list(op.values()) for op in facts["profile"]]
+        console.print(table(f"cost, in {facts['profile_unit']}", list(facts["profile"][0]), rows))
+
+
+def show_differences(console: Console, rows: Rows) -> None:
+    """What `diff` found."""
+    found = [(row["key"], _shown(row["first"]), _shown(row["second"])) for row in rows]
+    if not found:
+        console.print("the same, measured times aside")
+        return
+    console.print(table(f"{len(found)} differences", ("key", "first", "second"), found, texts=3))
+
+
+def _shown(value: Any) -> str:
+    return "(absent)" if value is None else _words(value)
+
+
+def show_registered(console: Console, title: str, rows: Rows) -> None:
+    """Passes or targets: what there is, and what cannot be used and why."""
+    listed = [(row["name"], row["irs"], row["summary"] or Text(str(row["error"]), "red"), row["owner"]) for row in rows]
+    with_irs = any(row["irs"] for row in rows)
+    shown = listed if with_irs else [(name, text, owner) for name, _, text, owner in listed]
+    columns = ("name", "IR", "what it does", "from") if with_irs else ("name", "what it is", "from")
+    console.print(table(title, columns, shown, texts=4))
+
+
+def show_documentation(console: Console, facts: Mapping[str, Any]) -> None:
+    """One pass or target: its docstring and its options."""
+    console.print(lines([facts["name"], "", facts["doc"], ""]), soft_wrap=True)
+    if facts["options"]:
+        rows = [(option["name"], option["type"], option["default"]) for option in facts["options"]]
+        console.print(table("options", ("option", "takes", "default"), rows, texts=3))
+    if facts.get("missing"):
+        console.print(Text.assemble(("cannot run here: ", "yellow"), facts["missing"]))

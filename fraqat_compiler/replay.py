@@ -1,0 +1,136 @@
+"""A finished compile, opened again: do its files still do what its report says?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from fraqat_compiler import onnx_io, parity
+from fraqat_compiler.errors import FraqatError, TargetError, VerificationError
+from fraqat_compiler.manifest import changed_files
+from fraqat_compiler.parity import LSB_TOLERANCE, Parity, Runner
+from fraqat_compiler.registry import parse_target
+from fraqat_compiler.report import read_report
+from fraqat_compiler.target import Arrays, Artifact, Profile, Target
+
+REFERENCE_FILE = "reference.safetensors"
+ROUNDING = 1e-3  # of a step, or of a distance in float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was verified.
+
+    Attributes:
+        name: what.
+        holds: whether it does.
+        detail: the figures, or why not.
+    """
+
+    name: str
+    holds: bool
+    detail: str
+
+
+def verify_folder(folder: Path, *, on_target: bool = True) -> list[Check]:
+    """Verify the output of a compile: its files, the ONNX file, and the distances that its report records.
+
+    The stored inputs run through the file at ORT_DISABLE_ALL, at ORT's default level, and on the target; the outputs
+    must be as near to the stored fake-quant outputs as the report says, or within one step of the output's quantizer.
+
+    Args:
+        folder: output folder of a compile.
+        on_target: run on the target too.
+
+    Raises:
+        VerificationError: the folder holds no finished compile.
+    """
+    report = read_report(folder)
+    changed = changed_files(folder)
+    stages = [stage for stage in report["parity"] if on_target or stage != "target"]
+    return [
+        Check("files", not changed, "; ".join(changed) or "as the manifest says"),
+        _attempt("onnx", partial(_verified_file, folder / report["onnx"]["path"])),
+        *(_attempt(f"parity {stage}", partial(_replayed, folder, report, stage)) for stage in stages),
+    ]
+
+
+def profile_folder(folder: Path) -> Profile:
+    """Profile the artifact of a compile on its target, with the stored inputs.
+
+    Raises:
+        VerificationError: the folder holds no finished compile.
+        TargetError: the target cannot load or run it here.
+    """
+    target, artifact = _loaded(folder, read_report(folder))
+    return target.profile(artifact, _reference(folder)[0])
+
+
+def _attempt(name: str, verify: Callable[[], tuple[bool, str]]) -> Check:
+    """A check that raises does not hold, and the others still run."""
+    try:
+        return Check(name, *verify())
+    except FraqatError as error:
+        return Check(name, False, str(error))
+
+
+def _verified_file(path: Path) -> tuple[bool, str]:
+    onnx_io.verify(path)
+    return True, "the ONNX checker and onnxruntime take it; ONNX's own ops alone; no float copy of a quantized weight"
+
+
+def _runner(folder: Path, report: dict[str, Any], stage: str) -> Runner:
+    if stage == "target":
+        target, artifact = _loaded(folder, report)
+        return lambda inputs: target.run(artifact, inputs)
+    return parity.onnx_runner(folder / report["onnx"]["path"], optimized=stage == "onnx_optimized")
+
+
+def _loaded(folder: Path, report: dict[str, Any]) -> tuple[Target, Artifact]:
+    """The target, and the artifact that it left in the folder."""
+    target = parse_target(report["target"]["text"])
+    missing = target.missing()
+    if missing:
+        raise TargetError(f'target "{target.name}" cannot run here: {missing}')
+    try:
+        return target, target.load(folder, report["target"]["text"])
+    except NotImplementedError:
+        raise TargetError(f'target "{target.name}" cannot load an artifact again: it defines no load().') from None
+
+
+def _replayed(folder: Path, report: dict[str, Any], stage: str) -> tuple[bool, str]:
+    inputs, expected = _reference(folder)
+    actual = _runner(folder, report, stage)(inputs)
+    now = parity.compare([expected], [actual], report.get("output_scales", {}))
+    recorded = report["parity"][stage]
+    return _as_near(now, recorded), f"{_distance(now.to_json())}; recorded {_distance(recorded)}"
+
+
+def _as_near(now: Parity, recorded: dict[str, Any]) -> bool:
+    if now.max_lsb is not None and recorded["max_lsb"] is not None:
+        return now.max_lsb <= max(float(recorded["max_lsb"]), LSB_TOLERANCE) + ROUNDING
+    return bool(now.max_abs <= recorded["max_abs"] * (1 + ROUNDING) + ROUNDING)
+
+
+def _distance(figures: dict[str, Any]) -> str:
+    unit = f"{figures['max_abs']:.4g}" if figures["max_lsb"] is None else f"{figures['max_lsb']:.2f} LSB"
+    return f"at most {unit}, cosine {figures['cosine']:.6f}"
+
+
+def _reference(folder: Path) -> tuple[Arrays, Arrays]:
+    """Stored inputs and fake-quant outputs."""
+    try:
+        stored = load_file(folder / REFERENCE_FILE)
+    except (OSError, SafetensorError) as error:
+        raise VerificationError(f"{folder / REFERENCE_FILE} cannot be read: {error}.", "Compile again.") from error
+    return dict(_named(stored, "input:")), dict(_named(stored, "output:"))
+
+
+def _named(stored: Arrays, prefix: str) -> Iterator[tuple[str, Any]]:
+    return ((name.removeprefix(prefix), array) for name, array in stored.items() if name.startswith(prefix))
