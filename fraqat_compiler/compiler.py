@@ -34,7 +34,7 @@ from fraqat_compiler.fake_quant import WeightFakeQuantize
 from fraqat_compiler.fine_tune import FineTuneConfig, FineTuneResult, fine_tune
 from fraqat_compiler.instruments import Instrument
 from fraqat_compiler.job import Job, load_job
-from fraqat_compiler.layers import end_widths, layers, parameter_counts, set_weight_bit_width
+from fraqat_compiler.layers import demanded_bytes, end_widths, layers, parameter_counts, set_weight_bit_width
 from fraqat_compiler.manifest import write_manifest
 from fraqat_compiler.output_folder import OutputFolder
 from fraqat_compiler.parity import LSB_TOLERANCE, Parity, TorchRunner
@@ -52,6 +52,7 @@ from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target
 SCHEMA_VERSION = 1
 DEFAULT_STEPS = 400
 PARITY_SAMPLES = 4
+SIZE_TOLERANCE = 0.03
 MODEL_FILE = "model.onnx"
 REFERENCE_FILE = "reference.safetensors"
 PIPELINE_FILE = "pipeline.txt"
@@ -246,8 +247,8 @@ class _Compilation:
         return batches
 
     def _fine_tune(self, teacher: GraphModule, student: GraphModule) -> FineTuneResult | None:
-        steps = self._steps()
-        if not steps:
+        steps, data = self._steps(), self.job.train_data
+        if not steps or data is None:
             return None
         ends = end_widths(student)
         schedule = self._schedule(ends, steps)
@@ -259,7 +260,7 @@ class _Compilation:
             result = fine_tune(
                 student,
                 teacher,
-                self.job.train_data,
+                data,
                 config,
                 folder=self.folder.checkpoints,
                 resume=self.resume,
@@ -274,9 +275,10 @@ class _Compilation:
         return schedule
 
     def _fine_tune_config(self, schedule: BitWidthSchedule, steps: int) -> FineTuneConfig:
+        config = FineTuneConfig(steps=steps, schedule=schedule, seed=self.options.seed)
         given = {"lr": self.options.lr, "checkpoint_every": self.options.checkpoint_every}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        return FineTuneConfig(steps=steps, schedule=schedule, seed=self.options.seed, **chosen)
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(config, **chosen)
 
     def _check_draft(self, student: GraphModule) -> None:
         """Lower and check before the fine-tune: a limit of the hardware surfaces now and not after hours."""
@@ -380,7 +382,7 @@ class _Compilation:
             "metrics": metrics,
             "passes": [record.to_json() for record in self.records],
             "phases": self.phases,
-            "onnx": onnx_io.summary(model_path),
+            "onnx": self._file_summary(student, model_path),
             "parity": {name: stage.to_json() for name, stage in stages.items()},
             "output_scales": self.output_scales,
             "target": {
@@ -396,6 +398,15 @@ class _Compilation:
             "profile": dataclasses.asdict(profile),
             "warnings": self.warnings,
         }
+
+    def _file_summary(self, student: GraphModule, model_path: Path) -> dict[str, Any]:
+        """Size of the file beside what the bit widths demand: their tensors, and the graph that holds them."""
+        summary = onnx_io.summary(model_path)
+        summary["expected_bytes"] = demanded_bytes(student) + summary["structure_bytes"]
+        excess = summary["bytes"] / summary["expected_bytes"] - 1
+        if excess > SIZE_TOLERANCE:
+            self.warnings.append(f"{model_path.name} is {100 * excess:.1f} % larger than its bit widths demand.")
+        return summary
 
     def _finish(self, report: dict[str, Any], artifact: Artifact, images: dict[str, Any]) -> CompileResult:
         staging = self.folder.staging

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from fraqat_compiler import fx_graph
-from fraqat_compiler.fake_quant import WeightFakeQuantize
+from fraqat_compiler.fake_quant import ActivationFakeQuantize, BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
 from fraqat_compiler.ops import NORM_OPS, WEIGHTED_OPS, module_path, op_name
+
+_STORED_WIDTHS = (4, 8, 16, 32)  # what a file has integer types for
 
 
 def layers(graph: GraphModule) -> list[dict[str, Any]]:
@@ -51,6 +54,33 @@ def parameter_counts(graph: GraphModule) -> tuple[int, int]:
     total = sum(fx_graph.get_tensor(graph, name).numel() for name in read - scales)
     quantized = sum(fx_graph.get_tensor(graph, name).numel() for name, _ in weight_quantizers(graph))
     return total, quantized
+
+
+def demanded_bytes(graph: GraphModule) -> int:
+    """Bytes that the bit widths demand of a file: codes, scales and zero points of every quantizer, floats of the rest.
+
+    Counted on the quantizers, not on the file, so a weight that was stored wider than it should be shows.
+    """
+    quantized = dict(weight_quantizers(graph))
+    total = sum(
+        _quantizer_bytes(module, fx_graph.get_tensor(graph, name).numel()) for name, module in quantized.items()
+    )
+    for node in graph.graph.nodes:
+        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, ActivationFakeQuantize):
+            total += _quantizer_bytes(module, 0)
+        if isinstance(module, BiasFakeQuantize):
+            total += 2 * 4 * node.args[0].meta["val"].numel() + 4  # int32 codes, a float scale each, the zero point
+        if node.op == "get_attr" and not str(node.target).startswith("fake_quant."):
+            is_float = not any(user.op == "call_module" for user in node.users)
+            total += node.meta["val"].numel() * node.meta["val"].element_size() if is_float else 0
+    return total
+
+
+def _quantizer_bytes(module: FakeQuantize, elements: int) -> int:
+    """Codes of `elements`, and the quantizer's own parameters."""
+    width = next(stored for stored in _STORED_WIDTHS if stored >= module.spec.bit_width)
+    return math.ceil(elements * width / 8) + module.scale.numel() * 4 + math.ceil(module.scale.numel() * width / 8)
 
 
 def set_weight_bit_width(graph: GraphModule, end_widths: dict[str, float], bit_width: float | None = None) -> None:

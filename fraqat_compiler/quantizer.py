@@ -37,7 +37,8 @@ def grouped(tensor: Tensor, group_size: int | None) -> Tensor:
             f"the last dimension of shape {tuple(tensor.shape)} is not a multiple of group_size {group_size}.",
             "Choose a group_size that divides it.",
         )
-    return tensor.unflatten(-1, (-1, group_size))
+    groups: Tensor = tensor.unflatten(-1, (-1, group_size))
+    return groups
 
 
 def broadcast(parameter: Tensor, ndim: int, axis: int | None, group_size: int | None) -> Tensor:

@@ -102,6 +102,20 @@ class Profile:
     notes: tuple[str, ...] = ()
 
 
+def default_quant_spec(request: TensorRequest) -> QuantSpec:
+    """What suits every integer runtime that reads QDQ.
+
+    Symmetric weights per channel, asymmetric unsigned activations per tensor, int32 biases.
+    """
+    if request.role == "weight":
+        return QuantSpec(bit_width=request.bit_width, axis=request.channel_axis)
+    if request.role == "bias":
+        return QuantSpec(bit_width=32, axis=0)
+    if request.role == "norm_weight":
+        return QuantSpec(bit_width=8, symmetric=False, signed=False)
+    return QuantSpec(bit_width=request.bit_width, symmetric=False, signed=False)
+
+
 @dataclass(frozen=True)
 class Target(ABC):
     """A hardware target. A subclass is a frozen dataclass whose fields are its options (`htp{soc=sm8750}`).
@@ -120,16 +134,9 @@ class Target(ABC):
     def quant_spec(self, request: TensorRequest) -> QuantSpec | Unquantized:
         """How the tensor shall be quantized.
 
-        The default suits every integer backend that reads QDQ: symmetric per-channel weights, asymmetric unsigned
-        per-tensor activations, symmetric int32 biases.
+        The default is `default_quant_spec`.
         """
-        if request.role == "weight":
-            return QuantSpec(bit_width=request.bit_width, axis=request.channel_axis)
-        if request.role == "bias":
-            return QuantSpec(bit_width=32, axis=0)
-        if request.role == "norm_weight":
-            return QuantSpec(bit_width=8, symmetric=False, signed=False)
-        return QuantSpec(bit_width=request.bit_width, symmetric=False, signed=False)
+        return default_quant_spec(request)
 
     def prepare_pipeline(self) -> str:
         """Pipeline text of the passes that run between capture and `insert-fake-quant`."""

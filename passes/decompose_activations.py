@@ -20,8 +20,8 @@ _aten = torch.ops.aten
 class DecomposeActivations(FxPass):
     """Write activation functions out that ONNX has no single op for, so that each of their tensors gets a quantizer.
 
-    Before: `silu(x)`, `mish(x)`, `glu(x)`. After: `x * sigmoid(x)`, `x * tanh(softplus(x))`, `a * sigmoid(b)` of the two
-    halves of x. Does nothing to other functions.
+    Before: `silu(x)`, `mish(x)`, `glu(x)`. After: `x * sigmoid(x)`, `x * tanh(softplus(x))`, `a * sigmoid(b)` of the
+    two halves of x. Does nothing to other functions.
     """
 
     name: ClassVar[str] = "decompose-activations"

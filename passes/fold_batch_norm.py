@@ -50,7 +50,7 @@ def _affine(model: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
     """Per-channel factor and addend of a BatchNorm, both (C,)."""
     gamma, beta, mean, variance = (fx_graph.constant_of(model, argument(node, position)) for position in range(1, 5))
     assert mean is not None and variance is not None
-    epsilon = float(node.args[-1] if op_name(node) != "aten.batch_norm" else node.args[7])
+    epsilon = float(argument(node, 7 if op_name(node) == "aten.batch_norm" else 6))
     scale = torch.rsqrt(variance.detach().double() + epsilon)
     scale = scale if gamma is None else scale * gamma.detach().double()
     shift = -mean.detach().double() * scale

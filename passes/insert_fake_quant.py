@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from fraqat_compiler.fake_quant import ActivationFakeQuantize, BiasFakeQuantize,
 from fraqat_compiler.ops import NORM_OPS, WEIGHTED_OPS, WeightedOp, argument, is_float_tensor, module_path, op_name
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
 from fraqat_compiler.quant_spec import QuantSpec, RangeMethod, Unquantized
-from fraqat_compiler.target import Role, Target, TensorRequest
+from fraqat_compiler.target import Role, TensorRequest, default_quant_spec
 from fraqat_compiler.widths import Widths, matches, require_match
 
 
@@ -53,23 +53,13 @@ class InsertFakeQuant(FxPass):
     def run(self, model: GraphModule, ctx: PassContext) -> PassResult:
         if any(isinstance(module, FakeQuantize) for module in model.modules()):
             return PassResult(model, modified=False)
-        insertion = _Insertion(model, self, ctx.target or DefaultTarget())
+        quant_spec = ctx.target.quant_spec if ctx.target else default_quant_spec
+        insertion = _Insertion(model, self, quant_spec)
         insertion.run()
         fx_graph.finish(model)
         if self.strict:
             _refuse_unexpected_floats(model)
         return PassResult(model, bool(insertion.changes), tuple(insertion.changes))
-
-
-class DefaultTarget(Target):
-    """The quantization that every QDQ runtime reads; it asks only, and cannot compile."""
-
-    name: ClassVar[str] = "default"
-
-    def check(self, model: Any) -> Any:
-        raise NotImplementedError
-
-    compile = run = profile = check
 
 
 @dataclass
@@ -78,7 +68,7 @@ class _Insertion:
 
     model: GraphModule
     options: InsertFakeQuant
-    target: Target
+    quant_spec: Callable[[TensorRequest], QuantSpec | Unquantized]
     changes: list[str] = field(default_factory=list)
     weight_quantizers: dict[str, tuple[Node, WeightFakeQuantize] | Unquantized] = field(default_factory=dict)
     quantizer_of: dict[Node, str] = field(default_factory=dict)  # tensor (or its fake quant) -> activation quantizer
@@ -197,7 +187,7 @@ class _Insertion:
         activation = self.model.get_submodule(self.quantizer_of[source])
         assert isinstance(activation, ActivationFakeQuantize)
         request = self._request(node, "bias", bias, 32, activation.spec.bit_width)
-        spec = self.target.quant_spec(request)
+        spec = self.quant_spec(request)
         if activation.spec.dynamic or isinstance(spec, Unquantized) or weight.spec.group_size is not None:
             return
         if weight.scale.ndim and weight.scale.numel() != bias.meta["val"].numel():
@@ -242,7 +232,7 @@ class _Insertion:
         name = str(weight_node.target)
         if name in self.weight_quantizers:
             return self.weight_quantizers[name]
-        spec = self.target.quant_spec(request)
+        spec = self.quant_spec(request)
         if isinstance(spec, Unquantized):
             self.weight_quantizers[name] = spec
             return spec
@@ -288,7 +278,7 @@ class _Insertion:
             self.reasons[node] = Unquantized("activations left in float by the activations option")
             return
         request = self._request(node, "activation", node, width, width)
-        spec = self.target.quant_spec(request)
+        spec = self.quant_spec(request)
         if isinstance(spec, Unquantized):
             self.reasons[node] = spec
             return
@@ -371,12 +361,9 @@ class _Insertion:
         return module if isinstance(module, FakeQuantize) else None
 
     def _input_bits(self, node: Node) -> float | None:
-        widths = []
-        for source in node.all_input_nodes:
-            name = self.quantizer_of.get(source)
-            if name is not None:
-                widths.append(self.model.get_submodule(name).spec.bit_width)  # type: ignore[union-attr]
-        return max(widths) if widths else None
+        names = {self.quantizer_of[source] for source in node.all_input_nodes if source in self.quantizer_of}
+        modules = [self.model.get_submodule(name) for name in names]
+        return max((module.spec.bit_width for module in modules if isinstance(module, FakeQuantize)), default=None)
 
 
 def _scale_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
