@@ -6,7 +6,6 @@ Run it as `python examples/digits_dit/train.py`; the committed weights come from
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 from itertools import islice
 from pathlib import Path
@@ -16,8 +15,9 @@ from data import Digits, NoisedBatch, fixed_batches, load, training_batches
 from model import DigitsDiT
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 BATCH_SIZE = 128
@@ -32,7 +32,7 @@ class Trainer:
 
     def __init__(self, steps: int) -> None:
         self.model = DigitsDiT()
-        self.average = copy.deepcopy(self.model)
+        self.average = AveragedModel(self.model, avg_fn=_moving_average)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _warmup_cosine(step, steps))
 
@@ -44,17 +44,11 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
-        self._follow()
+        self.average.update_parameters(self.model)
         return loss.item()
 
-    @torch.no_grad()
-    def _follow(self) -> None:
-        """Move the average a little towards the model."""
-        for mean, parameter in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            mean.lerp_(parameter, 1 - EMA_DECAY)
 
-
-def train(steps: int, seed: int) -> DigitsDiT:
+def train(steps: int, seed: int) -> nn.Module:
     """Return the moving average of a model trained for `steps` batches of 128 noised digits."""
     torch.manual_seed(seed)
     trainer = Trainer(steps)
@@ -64,8 +58,8 @@ def train(steps: int, seed: int) -> DigitsDiT:
         for batch in islice(training_batches(digits, BATCH_SIZE, seed), steps):
             progress.update(task, advance=1, loss=trainer.step(batch))
             if progress.tasks[task].completed % STEPS_BETWEEN_CHECKS == 0:
-                progress.update(task, held_out=held_out_loss(trainer.average, held_out))
-    return trainer.average
+                progress.update(task, held_out=held_out_loss(trainer.average.module, held_out))
+    return trainer.average.module
 
 
 @torch.no_grad()
@@ -74,6 +68,10 @@ def held_out_loss(model: nn.Module, held_out: Digits) -> float:
     tenfold = Digits(held_out.images.repeat(10, 1, 1, 1), held_out.labels.repeat(10))
     (batch,) = fixed_batches(tenfold, len(tenfold.labels), 1, seed=0)
     return F.mse_loss(model(*batch.inputs), batch.velocity).item()
+
+
+def _moving_average(mean: Tensor, current: Tensor, _count: Tensor | int) -> Tensor:
+    return mean.lerp(current, 1 - EMA_DECAY)
 
 
 def _warmup_cosine(step: int, steps: int) -> float:
