@@ -1,6 +1,6 @@
 """What the library accepts and computes wrongly, found in the file before anything is compiled.
 
-Each rule was measured against the library (see docs/htp.md); it reads the graph only.
+Each rule was measured against the library (QAIRT 2.51, v79); it reads the graph only.
 """
 
 from __future__ import annotations
