@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, TensorProto, checker, shape_inference
+from onnx import ModelProto, TensorProto, checker, defs, shape_inference
 
 from fraqat_compiler import lazy_values, qdq
 from fraqat_compiler.errors import OutputError, VerificationError
@@ -58,15 +58,24 @@ def _constants(graph: gs.Graph) -> list[gs.Constant]:
 def _structure(graph: gs.Graph) -> ModelProto:
     """The model without weights, and without all that a runtime does not need."""
     light = graph.copy()
+    interface = {tensor.name for tensor in [*light.inputs, *light.outputs]}
     for tensor in light.tensors().values():
         if qdq.is_constant(tensor):
             tensor.to_variable()
-        if tensor not in light.inputs + light.outputs:
-            tensor.dtype = tensor.shape = None  # else the exporter writes a value_info
+        if tensor.name not in interface and not _is_uninferable(light, tensor):
+            tensor.dtype = tensor.shape = None  # then the exporter leaves its type and shape out
     model = gs.export_onnx(light.toposort(), do_type_check=False)
     model.producer_name = PRODUCER
     model.ir_version = _IR_VERSION.get(graph.opset, graph.ir_version or onnx.IR_VERSION)
     return model
+
+
+def _is_uninferable(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    """Whether the op that computes a tensor has no shape rule in ONNX, so that runtimes depend on what the file says."""
+    node = qdq.producer(tensor)
+    if node is None:
+        return False
+    return not defs.get_schema(node.op, graph.opset, node.domain or "").has_type_and_shape_inference_function
 
 
 def to_proto(tensor: gs.Constant) -> TensorProto:

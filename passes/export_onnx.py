@@ -22,6 +22,7 @@ from fraqat_compiler.fake_quant import ActivationFakeQuantize
 from fraqat_compiler.pass_base import IR, Pass, PassContext, PassResult
 
 OPSETS = (21, 23)  # the first has 4-bit and blocked QDQ, the second RMSNormalization
+_INTEGER_BIAS_OPS = frozenset({"Gemm", "Conv", "ConvTranspose", "LayerNormalization", "InstanceNormalization"})
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _finish_quantizers(graph: gs.Graph) -> None:
             _fold_bound(graph, node, zero_points)
     for node in list(graph.nodes):
         if node.op == qdq.DEQUANTIZE and qdq.made_by(node.inputs[1], "Mul"):
-            _finish_bias(node)
+            _finish_bias(graph, node)
     for node in list(graph.nodes):
         if node.op == qdq.QUANTIZE:
             _name_quantizer(node, names)
@@ -168,23 +169,28 @@ def _fold_bound(graph: gs.Graph, cast: gs.Node, shared: qdq.SharedConstants) -> 
     qdq.replace_everywhere(graph, typed, shared.zero_point(values))
 
 
-def _finish_bias(node: gs.Node) -> None:
-    """Codes and scale of a bias: int32, scale input_scale * weight_scale, as `quantizer.round_bias` has them."""
+def _finish_bias(graph: gs.Graph, node: gs.Node) -> None:
+    """Codes and scale of a bias: int32, scale input_scale * weight_scale, as `quantizer.round_bias` has them.
+
+    An op without an integer bias gets the same values in float.
+    """
     cast, product = qdq.producer(node.inputs[0]), qdq.producer(node.inputs[1])
     assert cast is not None and product is not None
-    bias = cast.inputs[0]
+    bias, result = cast.inputs[0], node.outputs[0]
     input_scale, weight_scale = (torch.from_numpy(lazy_values.values_of(scale)) for scale in product.inputs)
-    scale = quantizer.bias_scale(input_scale, weight_scale)
-
-    values = bias._values
+    scale, values = quantizer.bias_scale(input_scale, weight_scale), bias._values
 
     def codes() -> lazy_values.Array:
-        result: lazy_values.Array = quantizer.bias_codes(torch.from_numpy(values.load()), scale).to(torch.int32).numpy()
-        return result
+        exact = quantizer.bias_codes(torch.from_numpy(values.load()), scale)
+        return np.asarray(exact.to(torch.int32))
 
+    if any(reader.op not in _INTEGER_BIAS_OPS for reader in result.outputs):
+        floats = lazy_values.LazyArray(bias.shape, np.float32, lambda: codes().astype(np.float32) * scale.numpy())
+        qdq.replace_everywhere(graph, result, gs.Constant(f"{bias.name}_rounded", floats))
+        return
     node.inputs[0] = gs.Constant(f"{bias.name}_q", lazy_values.LazyArray(bias.shape, np.int32, codes))
     node.inputs[1] = lazy_values.constant(f"{bias.name}_scale", scale.numpy())
-    node.outputs[0].name = f"{bias.name}_dq"
+    result.name = f"{bias.name}_dq"
 
 
 def _name_quantizer(node: gs.Node, names: qdq.Names) -> None:

@@ -18,6 +18,11 @@ _MOVES = frozenset(
     "DepthToSpace SpaceToDepth MaxPool".split()
 )
 _BOUNDS = frozenset({"Relu", "Clip"})
+# Each element of the output depends on the element at the same place alone.
+_ELEMENTWISE = _BOUNDS | frozenset(
+    "Gelu Sigmoid Tanh LeakyRelu Elu Selu Celu HardSigmoid HardSwish Mish Softplus Softsign Erf Exp Log Sqrt "
+    "Reciprocal Abs Neg Sin Cos".split()
+)
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,9 @@ class ShareQdq(OnnxPass):
 
     Hardware that reads QDQ wants each op as DequantizeLinear (DQ) -> op -> QuantizeLinear (Q). Before:
     `DQ -> Transpose -> Softmax` and `Conv -> Relu -> Q`. After: `DQ -> Transpose -> Q -> DQ -> Softmax` and
-    `Conv -> Q -> DQ -> Relu -> Q`, the new pairs with the parameters of the old. Two Reshapes that then follow each
-    other become one. Does nothing where both sides are quantized already, and to quantizers of weights.
+    `Conv -> Q -> DQ -> Relu -> Q`, the new pairs with the parameters of the old. An elementwise op changes places with
+    the Reshape before it, and two Reshapes that then follow each other become one, so that between the Gemms of a
+    feed-forward net none is left. Does nothing where both sides are quantized already, and to quantizers of weights.
 
     No result changes. Let q be rounding to a grid and back: q(q(x)) = q(x), so a second q after an op that only moves
     values does nothing. And q is monotonic, so for an op f that clamps to [a, b], q(f(q(x))) = q(f(x)): where x <= a,
@@ -40,7 +46,8 @@ class ShareQdq(OnnxPass):
     def run(self, model: gs.Graph, ctx: PassContext) -> PassResult:
         model.toposort()
         names = Names(model)
-        changes = [f"quantized before {name}" for name in _quantize_sources(model, names)]
+        changes = [f"moved {name} behind an elementwise op" for name in _sink_reshapes(model, names)]
+        changes += [f"quantized before {name}" for name in _quantize_sources(model, names)]
         changes += [f"merged {name}" for name in _merge_reshapes(model)]
         changes += [f"quantized after {name}" for name in _quantize_results(model, names)]
         if changes:
@@ -142,6 +149,49 @@ def _is_on_grid(value: float, quantizer: gs.Node) -> bool:
     lowest, highest = lazy_values.type_range(zero_point.dtype)
     code = np.clip(np.round(np.float32(value) / scale) + np.float32(zero_point), lowest, highest)
     return bool((code - np.float32(zero_point)) * scale == np.float32(value))
+
+
+# Reshapes
+
+
+def _sink_reshapes(graph: gs.Graph, names: Names) -> list[str]:
+    """`Reshape -> (Q -> DQ ->) elementwise` becomes `(Q -> DQ ->) elementwise -> Reshape`, as far down as it goes."""
+    sunk = []
+    for node in graph.nodes:
+        chain = _chain_from_reshape(graph, node) if node.op in _ELEMENTWISE else []
+        if chain:
+            _sink(chain, names)
+            sunk.append(chain[0].name)
+    graph.toposort()
+    return sunk
+
+
+def _chain_from_reshape(graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
+    """[Reshape, Q, DQ, node] or [Reshape, node], each read by the next alone; empty when there is none."""
+    chain = [node]
+    for op in (qdq.DEQUANTIZE, qdq.QUANTIZE):
+        before = qdq.made_by(chain[0].inputs[0], op)
+        if before is not None:
+            chain.insert(0, before)
+    reshape = qdq.made_by(chain[0].inputs[0], "Reshape")
+    if reshape is None or len(chain) == 2:
+        return []
+    chain.insert(0, reshape)
+    links = [link.outputs[0] for link in chain[:-1]]
+    alone = all(len(link.outputs) == 1 and not any(link is tensor for tensor in graph.outputs) for link in links)
+    return chain if alone else []
+
+
+def _sink(chain: list[gs.Node], names: Names) -> None:
+    """Let the Reshape at the head of a chain follow its last node."""
+    reshape, first, last = chain[0], chain[1], chain[-1]
+    source, result = reshape.inputs[0], last.outputs[0]
+    for link in chain[1:-1]:
+        link.outputs[0].shape = source.shape
+    first.inputs[0] = source
+    between = gs.Variable(names.free(f"{result.name}_flat"), dtype=result.dtype, shape=source.shape)
+    last.outputs[0] = between
+    reshape.inputs[0], reshape.outputs[0] = between, result
 
 
 # Reshapes that follow each other
