@@ -11,8 +11,22 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fraqat_compiler import lazy_values, onnx_io, qdq
+from fraqat_compiler.reproducer import MODEL_FILE, load_model
 
 _QDQ = (qdq.QUANTIZE, qdq.DEQUANTIZE)
+
+
+def inspect_graph(path: Path) -> dict[str, Any]:
+    """Facts of what `load_model` opens: an ONNX file, or a folder with a stored graph.
+
+    Raises:
+        UsageError: the path is neither.
+        VerificationError: the files are damaged.
+    """
+    model = load_model(path)
+    if isinstance(model, GraphModule):
+        return inspect_fx(model)
+    return inspect_onnx(path if path.is_file() else path / MODEL_FILE)
 
 
 def inspect_onnx(path: Path) -> dict[str, Any]:

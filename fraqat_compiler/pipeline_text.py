@@ -331,6 +331,20 @@ def describe_type(wanted: Any) -> str:
     return f"{words} or none" if optional else words
 
 
+def options_of(cls: type) -> list[dict[str, str | None]]:
+    """Name, type in words, and default as text (None: it must be given) of each option of a pass or target class."""
+    types_by_field = option_types(cls)
+    return [
+        {
+            "name": option_name(field.name),
+            "type": describe_type(types_by_field[field.name]),
+            "default": _printed(_default(field)) if _has_default(field) else None,
+        }
+        for field in dataclasses.fields(cls)
+        if field.init
+    ]
+
+
 def to_text(obj: Any) -> str:
     """Canonical text of a pass or target: options that differ from their default, in the order of the fields.
 

@@ -20,6 +20,7 @@ SHOWN_OPS = 20
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], texts: int = 1) -> Table:
     """A table whose first `texts` columns are words and whose others are figures."""
     made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD)
+    made.show_header = any(columns)
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index < texts else "right", overflow="fold")
     for row in rows:
@@ -176,12 +177,17 @@ def _shown(value: Any) -> str:
 
 
 def show_registered(console: Console, title: str, rows: Rows) -> None:
-    """Passes or targets: what there is, and what cannot be used and why."""
-    listed = [(row["name"], row["irs"], row["summary"] or Text(str(row["error"]), "red"), row["owner"]) for row in rows]
-    with_irs = any(row["irs"] for row in rows)
-    shown = listed if with_irs else [(name, text, owner) for name, _, text, owner in listed]
-    columns = ("name", "IR", "what it does", "from") if with_irs else ("name", "what it is", "from")
-    console.print(table(title, columns, shown, texts=4))
+    """Passes or targets: what there is, whose it is, and what cannot be used and why."""
+    shown = [(row["name"], row["irs"], _about(row)) for row in rows]
+    if any(irs for _, irs, _ in shown):
+        console.print(table(title, ("name", "IR", "what it does"), shown, texts=3))
+    else:
+        console.print(table(title, ("name", "what it is"), [(name, about) for name, _, about in shown], texts=2))
+
+
+def _about(row: Mapping[str, Any]) -> Text:
+    owner = "" if row["owner"] == "fraqat_compiler" else f" (from {row['owner']})"
+    return Text(f"cannot be used: {row['error']}", "red") if row["error"] else Text(row["summary"] + owner)
 
 
 def show_documentation(console: Console, facts: Mapping[str, Any]) -> None:
@@ -192,3 +198,14 @@ def show_documentation(console: Console, facts: Mapping[str, Any]) -> None:
         console.print(table("options", ("option", "takes", "default"), rows, texts=3))
     if facts.get("missing"):
         console.print(Text.assemble(("cannot run here: ", "yellow"), facts["missing"]))
+
+
+def show_diagnoses(console: Console, rows: Rows) -> None:
+    """What `doctor` found."""
+    colours = {"ok": "green", "missing": "yellow", "broken": "bold red"}
+    shown = [(Text(row["status"], colours[row["status"]]), row["area"], row["name"], _with_remedy(row)) for row in rows]
+    console.print(table("doctor", ("", "", "", ""), shown, texts=4))
+
+
+def _with_remedy(row: Mapping[str, Any]) -> Text:
+    return Text(row["detail"]) if not row["remedy"] else Text.assemble(row["detail"], ("  " + row["remedy"], "cyan"))
