@@ -1,0 +1,100 @@
+"""Asking ONNX Runtime about one node at a time: when it refuses a whole model it names one node or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import onnxruntime as ort
+from onnx import (
+    AttributeProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+    shape_inference,
+)
+
+LARGEST_CONSTANT = 1024  # elements; shapes, axes and scales must be constants, while a weight may as well be an input
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that the runtime refuses on its own.
+
+    Attributes:
+        node: the node.
+        reason: the runtime's words.
+    """
+
+    node: NodeProto
+    reason: str
+
+
+def refusals(model: ModelProto) -> Iterator[Refusal]:
+    """The nodes that ONNX Runtime refuses on its CPU provider, in the order of the graph.
+
+    A node whose inputs have no known type, because a refused node makes them, is not asked.
+    """
+    inferred = shape_inference.infer_shapes(model)
+    values = {value.name: value for value in (*inferred.graph.value_info, *inferred.graph.input)}
+    constants = {tensor.name: tensor for tensor in inferred.graph.initializer}
+    for node in inferred.graph.node:
+        alone = _alone(node, inferred, values, constants)
+        reason = None if alone is None else _reason(alone)
+        if reason is not None:
+            yield Refusal(node, reason)
+
+
+def _alone(
+    node: NodeProto, model: ModelProto, values: Mapping[str, ValueInfoProto], constants: Mapping[str, TensorProto]
+) -> ModelProto | None:
+    """A model of this node only; None when the type of an input is unknown."""
+    if any(name and name not in values and name not in constants for name in node.input):
+        return None
+    read = {name for name in _names_read(node) if name in values or name in constants}
+    kept = [constants[name] for name in sorted(read) if name in constants and _is_small(constants[name])]
+    free = read - {tensor.name for tensor in kept}
+    inputs = [values[name] if name in values else _as_value(constants[name]) for name in sorted(free)]
+    outputs = [ValueInfoProto(name=name) for name in node.output if name]
+    graph = helper.make_graph([node], "probe", inputs, outputs, initializer=kept)
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _names_read(node: NodeProto) -> set[str]:
+    """Names that the node or its subgraphs read; those that a subgraph makes itself are among them."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            names.update(*map(_names_read, attribute.g.node))
+    return names
+
+
+def _is_small(tensor: TensorProto) -> bool:
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return False
+    return numpy_helper.to_array(tensor).size <= LARGEST_CONSTANT
+
+
+def _as_value(tensor: TensorProto) -> ValueInfoProto:
+    return helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+
+
+def _reason(model: ModelProto) -> str | None:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no public base
+        return plain(error)
+    return None
+
+
+def plain(error: BaseException) -> str:
+    """The runtime's words without its prefix of codes, as one line."""
+    text = " ".join(str(error).split())
+    words = text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
+    return words.rstrip(". ")
