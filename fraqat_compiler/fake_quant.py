@@ -84,6 +84,10 @@ class WeightFakeQuantize(FakeQuantize):
 
     Until it is frozen the range is taken anew at every forward, so it follows the weight through training; `freeze`
     keeps the last one. With range_method "mse" each scale is shrunk by the ratio that has the least squared error.
+
+    Attributes:
+        clip_ratio: float32 buffer, shaped like `scale`: those ratios.
+        fitted_bit_width: width that they were found at; None before. Another width has them found anew.
     """
 
     clip_ratio: Tensor
@@ -91,7 +95,7 @@ class WeightFakeQuantize(FakeQuantize):
     def __init__(self, spec: QuantSpec, role: Role, scale_shape: tuple[int, ...] = ()) -> None:
         super().__init__(spec, role, scale_shape)
         self.frozen = False
-        self._fitted_bit_width: float | None = None
+        self.fitted_bit_width: float | None = None
         self.register_buffer("clip_ratio", torch.ones(scale_shape))
 
     def to_config(self) -> dict[str, Any]:
@@ -130,7 +134,7 @@ class WeightFakeQuantize(FakeQuantize):
     def update_range(self, weight: Tensor) -> None:
         """Take scale and zero_point from the tensor."""
         spec = self.spec
-        if spec.range_method == "mse" and self._fitted_bit_width != spec.bit_width:
+        if spec.range_method == "mse" and self.fitted_bit_width != spec.bit_width:
             self._fit_clip_ratio(weight)
         if spec.symmetric:
             magnitude = quantizer.reduced_magnitude(weight, spec.axis, spec.group_size)
@@ -143,7 +147,7 @@ class WeightFakeQuantize(FakeQuantize):
 
     def _fit_clip_ratio(self, weight: Tensor) -> None:
         """For each scale the ratio in CLIP_RATIOS that gives the least squared error."""
-        self._fitted_bit_width = self.spec.bit_width
+        self.fitted_bit_width = self.spec.bit_width
         low, high = quantizer.reduced_range(weight, self.spec.axis, self.spec.group_size)
         least = torch.full_like(low, float("inf"))
         for ratio in CLIP_RATIOS:

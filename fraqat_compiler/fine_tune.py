@@ -6,13 +6,15 @@ state across stages, the learning-rate schedule and the norm of the loss open; h
 constant and then cools down linearly over the last part of the budget (as compute-optimal QAT does, arXiv 2509.22935),
 and the loss is the mean squared error relative to the teacher's mean square, which makes one learning rate fit outputs
 of any size.
+
+In memory the student has copies of the parameters that it trains and nothing else; whatever it does not train (buffers,
+constants, frozen parameters) it may share with the teacher.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,17 @@ from torch.optim import AdamW
 from torch.utils import _pytree as pytree
 
 from fraqat_compiler import checkpoint as checkpoints
-from fraqat_compiler import fx_graph
+from fraqat_compiler import fine_tune_state
 from fraqat_compiler.calibration import Batch, run_batch
 from fraqat_compiler.checkpoint import Checkpoint
-from fraqat_compiler.errors import DataError, TrainingError
+from fraqat_compiler.errors import DataError, TrainingError, UsageError
+from fraqat_compiler.interrupt import uninterrupted
 from fraqat_compiler.layers import end_widths
 from fraqat_compiler.progress import Progress
 from fraqat_compiler.schedule import BitWidthSchedule, BitWidthScheduler
+from fraqat_compiler.training_data import Data, endless
 
-Data = Callable[[], Iterable[Batch]]
+FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}  # where torch has AdamW as one kernel
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,11 @@ class FineTuneConfig:
         warmup: steps over which the rate rises from zero.
         grad_clip: greatest norm of all gradients together; None is no limit.
         checkpoint_every: steps between checkpoints; one is also written at the end of every stage.
+        keep_stage_ends: keep the checkpoint at the end of every stage, not only the last ones.
         seed: of the random numbers that the data draws.
+
+    Raises:
+        UsageError: a number outside what can be trained with.
     """
 
     schedule: BitWidthSchedule
@@ -62,7 +70,23 @@ class FineTuneConfig:
     warmup: int = 10
     grad_clip: float | None = 1.0
     checkpoint_every: int = 200
+    keep_stage_ends: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        limits = {
+            "steps": (self.steps >= 1, "at least 1"),
+            "lr": (0 < self.lr < math.inf, "positive"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "betas": (all(0 <= beta < 1 for beta in self.betas), "from 0 to less than 1"),
+            "cooldown": (0 <= self.cooldown <= 1, "a share from 0 to 1"),
+            "warmup": (self.warmup >= 0, "0 or more"),
+            "grad_clip": (self.grad_clip is None or self.grad_clip > 0, "positive, or None"),
+            "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
+        }
+        for name, (holds, limit) in limits.items():
+            if not holds:
+                raise UsageError(f"the fine-tune cannot run with {name} {getattr(self, name)!r}.", f"It is {limit}.")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -110,23 +134,29 @@ def fine_tune(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> FineTuneResult:
-    """Train `student` in place; it must not share the parameters that it trains with `teacher`.
+    """Train `student` in place, on the device that it is on.
+
+    A run that was killed at any moment and resumed ends with the same bits as one that was not, given the same data,
+    machine, torch and number of threads (and, on a GPU, deterministic kernels).
 
     Args:
-        student: graph with calibrated fake quants.
+        student: graph with calibrated fake quants. Its parameters with `requires_grad` are trained; it must not share
+            those with `teacher`.
         teacher: the float model, called like the student.
-        data: gives a fresh iterable of batches at each call; it is started again when it ends. Random numbers that it
-            draws from torch, NumPy or `random` are seeded, and a resumed run draws the same ones: the iterable is
-            started anew and the batches already used are drawn and dropped.
+        data: gives a fresh iterable of batches at each call; it is started again when it ends. The random numbers that
+            it draws are seeded (see `training_data.endless`). A resumed run starts it anew, and draws and drops the
+            batches already used.
         config: options.
         folder: for checkpoints.
         resume: go on from the newest checkpoint in `folder`, if there is one.
         progress: hears of each step.
 
     Raises:
-        TrainingError: the loss is NaN or infinite; the last good checkpoint is kept.
-        DataError: the data yields nothing.
-        CheckpointError: `resume` on a checkpoint of another run.
+        TrainingError: the loss or a gradient is NaN or infinite (checkpoints stay); or there is nothing to train.
+        DataError: the data yields nothing, or a batch that does not run through the teacher.
+        CheckpointError: `resume` on a damaged checkpoint or one of another run.
+        UsageError: fewer steps than stages.
+        KeyboardInterrupt: Ctrl-C; a checkpoint of the last whole step is written first.
     """
     loop = _Loop(student, teacher, data, config, folder, progress or Progress())
     if resume:
@@ -137,13 +167,22 @@ def fine_tune(
 
 
 def output_loss(student: Any, teacher: Any) -> Tensor:
-    """Mean over the float outputs of MSE(student, teacher) / mean(teacher^2); scalar."""
+    """Mean over the float outputs of MSE(student, teacher) / mean(teacher^2); scalar.
+
+    Raises:
+        TrainingError: there is no float output.
+    """
     pairs = zip(pytree.tree_leaves(student), pytree.tree_leaves(teacher), strict=True)
     losses = [
-        (mine - theirs).square().mean() / theirs.square().mean().clamp_min(1e-12)
+        (mine.float() - theirs.float()).square().mean() / theirs.float().square().mean().clamp_min(1e-12)
         for mine, theirs in pairs
         if isinstance(mine, Tensor) and mine.is_floating_point()
     ]
+    if not losses:
+        raise TrainingError(
+            "the model has no float output that a student could learn from.",
+            "Let it return its logits or features, or leave the fine-tune out (--steps 0).",
+        )
     return torch.stack(losses).mean()
 
 
@@ -159,75 +198,100 @@ class _Loop:
     resumed_from: int = 0
 
     def __post_init__(self) -> None:
-        self.parameters = _trained_parameters(self.student)
+        self.parameters = fine_tune_state.trained_parameters(self.student)
+        if not self.parameters:
+            raise TrainingError("the graph has no parameter to train.", "Leave the fine-tune out (--steps 0).")
+        self.device = next(iter(self.parameters.values())).device
+        self.run_identity = self.config.run_identity() | fine_tune_state.identity(self.student, self.parameters)
         self.optimizer = AdamW(
             self.parameters.values(),
             lr=self.config.lr,
             betas=self.config.betas,
             weight_decay=self.config.weight_decay,
-            fused=True,
+            fused=self.device.type in FUSED_DEVICES,
         )
         self.scheduler = BitWidthScheduler(
             self.student, self.config.schedule, self.config.steps, end_widths(self.student)
         )
+        self.saved = 0  # step of the newest checkpoint; before the first step there is nothing to save
 
     def run(self) -> FineTuneResult:
-        start = self.scheduler.last_step
-        batches = self._batches()
-        for _ in range(start):  # the data draws its random numbers again, up to where the run stopped
-            next(batches)
-        for step in range(start, self.config.steps):
-            self._step(step, next(batches))
-            self._keep(step + 1)
+        try:
+            self._train()
+        except KeyboardInterrupt:  # only ever between two steps
+            self._save()
+            raise KeyboardInterrupt(self._where_it_stopped()) from None
         return FineTuneResult(self._history(), self.losses, self.resumed_from)
 
-    def _batches(self) -> Iterator[Batch]:
-        """Batches without end, drawn from random streams that only the data uses."""
-        streams = _RandomStreams(self.config.seed)
-        iterator: Iterator[Batch] = iter(())
-        while True:
-            with streams:
-                batch = next(iterator, None)
-                if batch is None:
-                    iterator = iter(self.data())
-                    batch = next(iterator, None)
-            if batch is None:
-                raise DataError("the training data is empty.", "Let train_data() yield at least one batch.")
-            yield batch
+    def _train(self) -> None:
+        start = self.scheduler.last_step
+        batches = endless(self.data, self.config.seed)
+        for _ in range(start):
+            next(batches)
+        for step in range(start, self.config.steps):
+            batch = next(batches)
+            with uninterrupted():
+                self._step(step, batch)
+                self._keep(step + 1)
 
     def _step(self, step: int, batch: Batch) -> None:
-        with torch.no_grad():
-            target = run_batch(self.teacher, batch)
+        batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), batch)
+        target = self._target(step, batch)
         loss = output_loss(run_batch(self.student, batch), target)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip or float("inf"))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip or math.inf)
         value = float(loss.detach())
-        if not (np.isfinite(value) and bool(torch.isfinite(norm))):
+        if not (math.isfinite(value) and math.isfinite(norm)):
             raise self._diverged(step, value)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(step)
         self.optimizer.step()
         self.losses.append(value)
-        self.progress.update(step + 1, f"{self.scheduler.bit_width:g} bits, loss {value:.4g}")
+        self.progress.update(step + 1, f"{self._stage()}, loss {value:.4g}")
         self.scheduler.step()
 
+    def _target(self, step: int, batch: Batch) -> Any:
+        try:
+            with torch.no_grad():
+                return run_batch(self.teacher, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"training batch {step} does not run through the captured graph: {str(error).splitlines()[0]}",
+                "Every batch needs the structure, shapes and types of example_inputs().",
+            ) from error
+
     def _keep(self, done: int) -> None:
-        if done % self.config.checkpoint_every == 0 or self.scheduler.ends_stage(done):
+        if done % self.config.checkpoint_every == 0 or done in self.scheduler.stage_ends:
             self._save()
+
+    # Words
+
+    def _stage(self) -> str:
+        return f"stage {self.scheduler.stage + 1}/{len(self.scheduler.stages)}, {self.scheduler.bit_width:g} bits"
 
     def _diverged(self, step: int, loss: float) -> TrainingError:
         def size(name: str) -> float:
             gradient = self.parameters[name].grad
             largest = 0.0 if gradient is None else float(gradient.abs().max())
-            return largest if np.isfinite(largest) else float("inf")
+            return math.inf if math.isnan(largest) else largest
 
         worst = max(self.parameters, key=size)
+        kept = f"The checkpoint of step {self.saved} is kept." if self.saved else "There is no checkpoint yet."
         return TrainingError(
-            f"the loss is {loss} at step {step + 1}, in stage {self.scheduler.stage + 1} "
-            f"({self.scheduler.bit_width:g} bits); the largest gradient is that of {worst}. "
-            f"The checkpoint before it is kept.",
+            f"the fine-tune diverged at step {step + 1}, in {self._stage()}: the loss is {loss:g}, and the largest "
+            f"gradient is that of {worst} ({size(worst):g}). {kept}",
             "Lower the learning rate (--lr), or check the training data for NaN.",
+        )
+
+    def _where_it_stopped(self) -> str:
+        if not self.saved:
+            return "the fine-tune was stopped before its first step."
+        return (
+            f"the fine-tune was stopped after step {self.saved} of {self.config.steps}; "
+            f"its checkpoint is kept, and --resume goes on from there."
         )
 
     def _history(self) -> list[dict[str, Any]]:
@@ -241,76 +305,25 @@ class _Loop:
     # State
 
     def _save(self) -> None:
-        tensors = {f"parameter:{name}": parameter for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}:{name}"] = value
+        done = self.scheduler.last_step
+        if done == self.saved:
+            return
+        tensors = fine_tune_state.tensors_of(self.student, self.parameters, self.optimizer)
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        state = Checkpoint(self.scheduler.last_step, tensors, {"scheduler": self.scheduler.state_dict()}, self._run())
-        checkpoints.save(self.folder, state)
+        state = {
+            "scheduler": self.scheduler.state_dict(),
+            "fitted": fine_tune_state.fitted_widths(self.student),
+        }
+        milestones = self.scheduler.stage_ends if self.config.keep_stage_ends else ()
+        checkpoints.save(self.folder, Checkpoint(done, tensors, state, self.run_identity), milestones)
+        self.saved = done
 
     def restore(self) -> None:
         """Take the newest checkpoint's state; without one the run starts from the beginning."""
-        found = checkpoints.latest(self.folder, self._run())
+        found = checkpoints.latest(self.folder, self.run_identity, self.progress.note)
         if found is None:
             return
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(found.tensors[f"parameter:{name}"])
-                self.optimizer.state[parameter] = self._optimizer_state(found, name, parameter)
+        fine_tune_state.load(found, self.student, self.parameters, self.optimizer)
         self.losses = found.tensors["losses"].tolist()
         self.scheduler.load_state_dict(found.state["scheduler"])
-        self.resumed_from = found.step
-
-    def _optimizer_state(self, found: Checkpoint, name: str, parameter: Tensor) -> dict[str, Tensor]:
-        suffix = f":{name}"
-        keys = [key for key in found.tensors if key.startswith("optimizer.") and key.endswith(suffix)]
-        kinds = {key.removeprefix("optimizer.").removesuffix(suffix): found.tensors[key] for key in keys}
-        return {kind: tensor.to(parameter.device) for kind, tensor in kinds.items()}
-
-    def _run(self) -> dict[str, Any]:
-        return self.config.run_identity() | {"graph": _graph_digest(self.student, self.parameters)}
-
-
-def _trained_parameters(student: GraphModule) -> dict[str, Tensor]:
-    """Parameters that the graph reads, each once, by name."""
-    names = [str(node.target) for node in student.graph.nodes if node.op == "get_attr"]
-    tensors = {name: fx_graph.get_tensor(student, name) for name in dict.fromkeys(names)}
-    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
-
-
-def _graph_digest(student: GraphModule, parameters: dict[str, Tensor]) -> str:
-    """Digest of the graph's structure and of its quantizers' specs, apart from the width of the stage."""
-    lines = [f"{node.op} {node.target}" for node in student.graph.nodes]
-    lines += [f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-class _RandomStreams:
-    """Random states of torch, NumPy and `random` that belong to the data alone: in force while it draws."""
-
-    def __init__(self, seed: int) -> None:
-        outside = _random_states()
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        self._inside = _random_states()
-        _set_random_states(outside)
-
-    def __enter__(self) -> None:
-        self._outside = _random_states()
-        _set_random_states(self._inside)
-
-    def __exit__(self, *_: object) -> None:
-        self._inside = _random_states()
-        _set_random_states(self._outside)
-
-
-def _random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def _set_random_states(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
+        self.resumed_from = self.saved = found.step

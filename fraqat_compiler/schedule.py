@@ -90,7 +90,12 @@ class BitWidthSchedule:
         return [(stage.bit_width, count) for stage, count in zip(self.stages, counts, strict=True)]
 
     def __str__(self) -> str:
-        return ",".join(f"{stage.bit_width:g}x{stage.share:g}" for stage in self.stages)
+        return ",".join(f"{_number(stage.bit_width)}x{_number(stage.share)}" for stage in self.stages)
+
+
+def _number(value: float) -> str:
+    """The shortest text that parses back to the same number."""
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
 def _refuse_bad_stage(stage: Stage) -> None:
@@ -105,17 +110,18 @@ def _refuse_bad_stage(stage: Stage) -> None:
 
 
 def parse_schedule(text: str, end: float = 4.0) -> BitWidthSchedule:
-    """A schedule by name, or by text such as `8x1,7x1,5.5x1,4x14` (width x share).
+    """A schedule by name, or by text such as `8x1,7x1,5.5x1,4x14` (width x share; `str` of a schedule parses back).
 
     Args:
         text: name (see NAMED) or text.
         end: width at which the lowest weight ends; a named schedule is fitted to it.
 
     Raises:
-        UsageError: a name that does not exist, or a schedule that does not end at `end`.
+        UsageError: a name that does not exist, an end that no weight can have, or a schedule that does not end there.
         PipelineSyntaxError: a text that does not parse.
     """
     name = text.strip()
+    _refuse_bad_stage(Stage(end, 1))
     if name in NAMED:
         return BitWidthSchedule(name, tuple(_merged(NAMED[name](float(end)))))
     if not name or not (name[0].isdigit() or name[0] in ".-"):
@@ -206,6 +212,11 @@ class BitWidthScheduler:
 
     A weight whose end width is above the stage's stays at its own end.
 
+    Attributes:
+        stages: (bit_width, steps) of each stage.
+        stage_ends: the step after which each stage is over.
+        last_step: optimizer steps done.
+
     Args:
         student: graph with fake quants.
         schedule: the stages.
@@ -217,7 +228,7 @@ class BitWidthScheduler:
         self, student: GraphModule, schedule: BitWidthSchedule, budget: int, end_widths: dict[str, float]
     ) -> None:
         self.stages = schedule.steps(budget)
-        self._ends = list(itertools.accumulate(count for _, count in self.stages))
+        self.stage_ends = list(itertools.accumulate(count for _, count in self.stages))
         self._student, self._end_widths = student, end_widths
         self.last_step = 0
         self._apply()
@@ -225,7 +236,7 @@ class BitWidthScheduler:
     @property
     def stage(self) -> int:
         """Index of the stage that the next step belongs to."""
-        return min(bisect.bisect_right(self._ends, self.last_step), len(self.stages) - 1)
+        return min(bisect.bisect_right(self.stage_ends, self.last_step), len(self.stages) - 1)
 
     @property
     def bit_width(self) -> float:
@@ -238,10 +249,6 @@ class BitWidthScheduler:
         self.last_step += 1
         if self.stage != before:
             self._apply()
-
-    def ends_stage(self, step: int) -> bool:
-        """Whether a stage is over after `step` steps."""
-        return step in self._ends
 
     def state_dict(self) -> dict[str, int]:
         return {"last_step": self.last_step}

@@ -8,6 +8,7 @@ from torch import nn
 
 from fraqat_compiler.capture import capture
 from fraqat_compiler.errors import PipelineSyntaxError, UsageError
+from fraqat_compiler.fake_quant import ActivationFakeQuantize
 from fraqat_compiler.layers import end_widths, weight_quantizers
 from fraqat_compiler.pass_base import PassContext
 from fraqat_compiler.passes.insert_fake_quant import InsertFakeQuant
@@ -35,6 +36,33 @@ def test_text_round_trips() -> None:
     assert str(schedule) == "8x1,7x1,5.5x1,4x14"
     assert schedule.steps(17) == [(8, 1), (7, 1), (5.5, 1), (4, 14)]
     assert parse_schedule("8,4").steps(10) == [(8, 5), (4, 5)]
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("end", [8, 4.3, 4, 3])
+def test_the_text_of_a_named_schedule_parses_back_to_its_stages(name: str, end: float) -> None:
+    schedule = parse_schedule(name, end)
+    assert parse_schedule(str(schedule), end).stages == schedule.stages
+
+
+@pytest.mark.parametrize("budget", [9, 10, 24, 26, 100, 997])
+def test_no_stage_is_a_whole_step_off_its_share(budget: int) -> None:
+    """But for stages that would have none: they have one."""
+    for (_, share), (_, count) in zip(FRAQAT, parse_schedule("fraqat").steps(budget), strict=True):
+        assert abs(count - budget * share / 25) < 1 or count == 1 or budget < 25
+        assert count >= 1
+
+
+def test_below_four_bits_fraqat_goes_on_in_quarter_steps() -> None:
+    widths = [stage.bit_width for stage in parse_schedule("fraqat", 3).stages]
+    assert widths == [8, 7, 6, 5.5, 5, 4.75, 4.5, 4.25, 4, 3.75, 3.5, 3.25, 3]
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("end", [1, 0, -4, 33, float("nan")])
+def test_an_end_that_no_weight_can_have_is_refused(name: str, end: float) -> None:
+    with pytest.raises(UsageError, match="bit width"):
+        parse_schedule(name, end)
 
 
 @pytest.mark.parametrize(
@@ -76,3 +104,8 @@ def test_scheduler_moves_each_weight_to_its_own_end() -> None:
     other = BitWidthScheduler(student, parse_schedule("8x1,5.5x1,4x2"), 4, {"0.weight": 4.0, "1.weight": 8.0})
     other.load_state_dict({"last_step": 1})
     assert other.bit_width == 5.5
+    assert {name: module.spec.bit_width for name, module in weight_quantizers(student)} == {
+        "0.weight": 5.5,
+        "1.weight": 8,
+    }
+    assert {module.spec.bit_width for module in student.modules() if isinstance(module, ActivationFakeQuantize)} == {8}
