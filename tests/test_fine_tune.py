@@ -112,6 +112,22 @@ def test_ctrl_c_between_two_steps(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(tmp_path: Path) -> None:
+    """Pressed when the weights have moved and the schedule has not."""
+
+    class Pressed(Progress):
+        def update(self, done: int, detail: str = "") -> None:
+            if done == 5:
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="after step 5 of 20"):
+        train(tmp_path / "stopped", steps=20, progress=Pressed())
+    again, _ = train(tmp_path / "stopped", steps=20, resume=True)
+    whole, _ = train(tmp_path / "whole", steps=20)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+
+
 def _pressed_at_once() -> list[tuple[Tensor]]:
     raise KeyboardInterrupt
 
