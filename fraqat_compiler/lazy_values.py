@@ -77,8 +77,9 @@ def load(values: Array | LazyValues) -> Array:
 def dtype_of(tensor: gs.Tensor) -> np.dtype[Any]:
     """The NumPy type of a tensor; graphsurgeon holds ONNX's number where it knows no NumPy type."""
     if isinstance(tensor.dtype, int):
-        return np.dtype(helper.tensor_dtype_to_np_dtype(tensor.dtype))
-    return np.dtype(tensor.dtype)
+        return numpy_type(tensor.dtype)
+    dtype: np.dtype[Any] = np.dtype(tensor.dtype)
+    return dtype
 
 
 def type_range(dtype: np.dtype[Any]) -> tuple[int, int]:
@@ -99,6 +100,11 @@ def stored_bytes(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
     return (count + 1) // 2 if dtype in FOUR_BIT_TYPES else count * dtype.itemsize
 
 
+def numpy_type(data_type: int) -> np.dtype[Any]:
+    """NumPy's type for ONNX's number of it; 4-bit types are those of ml_dtypes."""
+    return np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
+
+
 def onnx_type(dtype: np.dtype[Any]) -> int:
     """ONNX's number of a NumPy type."""
     return int(helper.np_dtype_to_tensor_dtype(dtype))
@@ -116,14 +122,14 @@ def pack_four_bit(codes: Array) -> NDArray[np.uint8]:
 
     The layout of INT4 and UINT4 in onnx.proto3, `TensorProto.raw_data`.
     """
-    halves = codes.astype(np.int8).reshape(-1).view(np.uint8) & 0xF
+    halves = np.bitwise_and(codes.astype(np.int8).reshape(-1).view(np.uint8), np.uint8(0xF))
     if halves.size % 2:
         halves = np.append(halves, np.uint8(0))
-    packed: NDArray[np.uint8] = halves[0::2] | (halves[1::2] << 4)
+    packed: NDArray[np.uint8] = np.bitwise_or(halves[0::2], np.left_shift(halves[1::2], np.uint8(4)))
     return packed
 
 
 def of_proto(proto: TensorProto, base_dir: str = "") -> LazyArray:
     """The values of a file's constant, which stay packed, or outside, until they are needed."""
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(proto.data_type))
+    dtype = numpy_type(proto.data_type)
     return LazyArray(tuple(proto.dims), dtype, lambda: np.array(numpy_helper.to_array(proto, base_dir)))

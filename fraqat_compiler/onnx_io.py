@@ -64,14 +64,14 @@ def _structure(graph: gs.Graph) -> ModelProto:
             tensor.to_variable()
         if tensor.name not in interface and not _is_uninferable(light, tensor):
             tensor.dtype = tensor.shape = None  # then the exporter leaves its type and shape out
-    model = gs.export_onnx(light.toposort(), do_type_check=False)
+    model: ModelProto = gs.export_onnx(light.toposort(), do_type_check=False)
     model.producer_name = PRODUCER
     model.ir_version = _IR_VERSION.get(graph.opset, graph.ir_version or onnx.IR_VERSION)
     return model
 
 
 def _is_uninferable(graph: gs.Graph, tensor: gs.Tensor) -> bool:
-    """Whether the op that computes a tensor has no shape rule in ONNX, so that runtimes depend on what the file says."""
+    """Whether the op that computes a tensor has no shape rule in ONNX: then runtimes need the shape in the file."""
     node = qdq.producer(tensor)
     if node is None:
         return False

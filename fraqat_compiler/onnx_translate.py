@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
+import onnxscript
 import torch
 from onnx import TensorProto
 from onnx_ir.passes import common as ir_passes
-from onnxscript import opset21 as op
 from onnxscript import optimizer
 from torch.export import ExportedProgram
 
@@ -44,6 +44,7 @@ _WIDER_STORAGE = {
 }
 
 Value = Any  # onnxscript traces with values of a private class
+op: Any = onnxscript.opset21
 
 
 def _fake_quantize(
@@ -161,11 +162,15 @@ def _translation_error(error: Exception, program: ExportedProgram) -> PassError:
 
 
 def _user_line(program: ExportedProgram, name: str) -> str:
-    """` at File "model.py", line 3, in forward`: the innermost frame of the user's code; empty when unknown."""
-    for node in program.graph.nodes:
-        if node.name == name or name.startswith(node.name):
-            frames = re.findall(r'File "[^"]*?([^"/]+)", line (\d+)', node.meta.get("stack_trace") or "")
-            return f" at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    """` at model.py:3`, the innermost frame of the user's code; empty when unknown.
+
+    The failed node may be a part of the program's: `_linalg_svd` of `linalg_svd`.
+    """
+    origins = [node for node in program.graph.nodes if node.op == "call_function" and node.name.strip("_") in name]
+    for node in sorted(origins, key=lambda node: len(node.name), reverse=True):
+        frames = re.findall(r'File "[^"]*?([^"/]+)", line (\d+)', node.meta.get("stack_trace") or "")
+        if frames:
+            return f" at {frames[-1][0]}:{frames[-1][1]}"
     return ""
 
 
@@ -193,18 +198,10 @@ def detach_values(model: ir.Model) -> dict[str, ir.TensorProtocol]:
 
 def simplify(model: ir.Model) -> None:
     """Fold shape arithmetic, drop no-ops and repeated computations, make every constant an initializer."""
-    for transformation in (
-        ir_passes.InlinePass(),
-        ir_passes.RemoveUnusedFunctionsPass(),
-    ):
-        transformation(model)
-    optimizer.fold_constants(
-        model,
-        onnx_shape_inference=False,
-        output_size_limit=LARGEST_FOLDED,
-        should_fold=lambda node: None if node.op_type not in ("QuantizeLinear", "DequantizeLinear") else False,
-    )
-    for transformation in (
+    inline = ir.passes.Sequential(ir_passes.InlinePass(), ir_passes.RemoveUnusedFunctionsPass())  # type: ignore[no-untyped-call]
+    inline(model)
+    optimizer.fold_constants(model, output_size_limit=LARGEST_FOLDED, should_fold=_should_fold)
+    tidy = ir.passes.Sequential(
         ir_passes.IdentityEliminationPass(),
         ir_passes.CommonSubexpressionEliminationPass(),
         ir_passes.RemoveUnusedNodesPass(),
@@ -212,8 +209,13 @@ def simplify(model: ir.Model) -> None:
         ir_passes.DeduplicateInitializersPass(),
         ir_passes.OutputFixPass(),
         ir_passes.RemoveUnusedOpsetsPass(),
-    ):
-        transformation(model)
+    )
+    tidy(model)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Never a quantizer; None leaves the choice to the optimizer."""
+    return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
 
 
 def module_path_of(node: ir.Node) -> str:

@@ -138,7 +138,7 @@ def _attach_values(graph: gs.Graph, values: dict[str, ir.TensorProtocol]) -> Non
     graph.inputs = [tensor for tensor in graph.inputs if tensor.name not in values]
     for tensor in stand_ins:
         source = values[tensor.name]
-        shape = tuple(int(size) for size in source.shape)
+        shape = source.shape.numpy()
         tensor.to_constant(lazy_values.LazyArray(shape, source.dtype.numpy(), source.numpy))
 
 
@@ -165,7 +165,7 @@ def _fold_bound(graph: gs.Graph, cast: gs.Node, shared: qdq.SharedConstants) -> 
     reader = typed.outputs[0]
     if reader.op not in (qdq.QUANTIZE, qdq.DEQUANTIZE, "Clip") or reader.inputs[0] is typed:
         return
-    values = lazy_values.values_of(cast.inputs[0]).astype(helper.tensor_dtype_to_np_dtype(cast.attrs["to"]))
+    values = lazy_values.values_of(cast.inputs[0]).astype(lazy_values.numpy_type(cast.attrs["to"]))
     qdq.replace_everywhere(graph, typed, shared.zero_point(values))
 
 

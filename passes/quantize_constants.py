@@ -104,12 +104,13 @@ def quantized(values: Array, stored: np.dtype[np.generic]) -> tuple[Array, Array
     if (values == first).all():
         code, scale, zero_point = _exact(np.float32(first), stored)
         return np.full(values.shape, code, stored), scale, zero_point
-    bits = stored.itemsize * 8
-    signed = stored.kind == "i"
-    spec = QuantSpec(bit_width=bits, symmetric=False, signed=signed)
-    tensor = torch.from_numpy(values)
-    scale, zero_point = quantizer.asymmetric_parameters(tensor.amin(), tensor.amax(), spec)
-    codes = quantizer.quantize(tensor, scale, zero_point, spec.quant_min, spec.quant_max)
+    return _nearest(torch.from_numpy(values), stored)
+
+
+def _nearest(values: torch.Tensor, stored: np.dtype[np.generic]) -> tuple[Array, Array, Array]:
+    spec = QuantSpec(bit_width=stored.itemsize * 8, symmetric=False, signed=stored.kind == "i")
+    scale, zero_point = quantizer.asymmetric_parameters(values.amin(), values.amax(), spec)
+    codes = quantizer.quantize(values, scale, zero_point, spec.quant_min, spec.quant_max)
     return codes.numpy().astype(stored), scale.numpy(), zero_point.numpy().astype(stored)
 
 
