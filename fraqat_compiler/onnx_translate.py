@@ -21,6 +21,7 @@ from onnx_ir.passes import common as ir_passes
 from onnxscript import optimizer
 from torch.export import ExportedProgram
 
+import fraqat_compiler.quantizer  # noqa: F401  # registers the ops that are translated below
 from fraqat_compiler.errors import PassError
 
 ONNX_DOMAINS = ("", "ai.onnx")
@@ -104,10 +105,19 @@ def _gemm(x: Value, weight: Value, bias: Value) -> Value:
     return op.Gemm(x, weight, transB=1) if bias is None else op.Gemm(x, weight, bias, transB=1)
 
 
+def _clamp(x: Value, lowest: float | None = None, highest: float | None = None) -> Value:
+    """One Clip; the exporter's own translation is a Max and a Min."""
+    bounds = [None if bound is None else op.Constant(value_float=bound) for bound in (lowest, highest)]
+    if not x.dtype.is_floating_point():
+        bounds = [None if bound is None else op.CastLike(bound, x) for bound in bounds]
+    return op.Clip(x, *bounds)
+
+
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.fraqat.fake_quantize.default: _fake_quantize,
     torch.ops.fraqat.fake_quantize_bias.default: _fake_quantize_bias,
     torch.ops.aten.linear.default: _linear,
+    torch.ops.aten.clamp.default: _clamp,
 }
 
 
@@ -119,6 +129,7 @@ def translate(program: ExportedProgram, opset: int) -> ir.Model:
     Raises:
         PassError: an op has no ONNX form; with the user's source line.
     """
+    _normalize_clamps(program)
     try:
         with quiet_exporter():
             exported = torch.onnx.export(
@@ -133,6 +144,16 @@ def translate(program: ExportedProgram, opset: int) -> ir.Model:
         raise _translation_error(error, program) from error
     assert exported is not None
     return exported.model
+
+
+def _normalize_clamps(program: ExportedProgram) -> None:
+    """Positional float bounds: the exporter fails on `clamp(0.5, 3)`, whose bounds have two types."""
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.clamp.default):
+        if not node.meta["val"].is_floating_point():
+            continue
+        bounds = [*node.args[1:], *(node.kwargs.get(name) for name in ("min", "max")[len(node.args) - 1 :])]
+        node.args = (node.args[0], *(None if bound is None else float(bound) for bound in bounds))
+        node.kwargs = {}
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fraqat_compiler import onnx_io, qdq
+from fraqat_compiler.capture import capture
 from fraqat_compiler.errors import PassError
 from fraqat_compiler.pass_base import PassContext
 from fraqat_compiler.passes.export_onnx import ExportOnnx
@@ -267,6 +268,19 @@ def test_an_op_without_onnx_form_is_named_with_its_line() -> None:
     with pytest.raises(PassError, match=r"svd.*test_export_onnx\.py:\d+.*no ONNX form") as caught:
         ExportOnnx().run(graph, PassContext())
     assert caught.value.remedy
+
+
+class Clamps(nn.Module):
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        return x.clamp(0.25, 3), x.clamp(min=-1), x.clamp(max=2), ids.clamp(1, 3), F.hardtanh(x, -1, 2)
+
+
+def test_clamps_become_clips_whatever_their_bounds_types(tmp_path: Path) -> None:
+    args = (3 * torch.randn(4, 8), torch.arange(6))
+    result = lowered(capture(Clamps(), args), "export-onnx")
+    assert set(ops(result)) == {"Clip"}
+    for actual, expected in zip(run_onnx(result, list(args), tmp_path), Clamps()(*args), strict=True):
+        np.testing.assert_array_equal(actual, expected.numpy())
 
 
 def test_other_opsets_are_refused() -> None:
