@@ -13,13 +13,11 @@ from typing import ClassVar, Literal
 
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError
-from onnx import ModelProto
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from fraqat_compiler.errors import OutputError, TargetError
 from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target
+from fraqat_compiler.targets.model_file import data_files, read_model
 from fraqat_compiler.targets.node_probe import plain, refusals
 from fraqat_compiler.targets.op_times import op_times
 
@@ -59,7 +57,7 @@ class OnnxRuntimeTarget(Target):
 
     def check(self, model: Path) -> list[Finding]:
         """Ask ONNX Runtime: first about the whole model, then, where it refuses, about each node."""
-        graph = _read(model)
+        graph = read_model(model)
         try:
             onnx.checker.check_model(str(model))
             _open(model, "none", self.threads)
@@ -97,7 +95,7 @@ class OnnxRuntimeTarget(Target):
         data = f"{OFFLINE_FILE}.data"
         with tempfile.TemporaryDirectory(prefix=".onnxruntime-", dir=output) as scratch:
             options.optimized_model_filepath = str(Path(scratch) / OFFLINE_FILE)
-            if _data_files(_read(model)):  # what is large stays outside
+            if data_files(read_model(model)):  # what is large stays outside
                 options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
             ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
             for name in (data, OFFLINE_FILE):
@@ -131,7 +129,7 @@ class OnnxRuntimeTarget(Target):
 
     def load(self, folder: Path, target_text: str) -> Artifact:
         path = folder / (OFFLINE_FILE if self.offline else MODEL_FILE)
-        files = (path, *(folder / name for name in _data_files(_read(path))))
+        files = (path, *(folder / name for name in data_files(read_model(path))))
         for file in files:
             if not file.is_file():
                 raise TargetError(f"{path.name} needs {file.name}, which is not beside it.", "Compile again.")
@@ -174,26 +172,6 @@ def _options(level: Level, threads: int) -> ort.SessionOptions:
     return options
 
 
-def _read(path: Path) -> ModelProto:
-    """The model without its external data.
-
-    Raises:
-        TargetError: there is none, or it is damaged.
-    """
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except FileNotFoundError as error:
-        raise TargetError(f"{path.name} does not exist in {path.parent.name}.", "Compile the model first.") from error
-    except (OSError, DecodeError) as error:
-        raise TargetError(f"{path.name} cannot be read as an ONNX model: {plain(error)}.", "Compile again.") from error
-
-
-def _data_files(model: ModelProto) -> list[str]:
-    """Names of the files that hold the model's weights, if they are not inside."""
-    tensors = model.graph.initializer
-    return sorted({str(ExternalDataInfo(tensor).location) for tensor in tensors if uses_external_data(tensor)})
-
-
 def _finding(node: str, op: str, reason: str | None) -> Finding:
     if reason is None:
         return Finding(node, op, "runs")
@@ -203,7 +181,7 @@ def _finding(node: str, op: str, reason: str | None) -> Finding:
 
 def _place(model: Path, output: Path) -> None:
     """Copy the weights' files, if any, and then the model into `output`; each appears whole or not at all."""
-    for name in _data_files(_read(model)):
+    for name in data_files(read_model(model)):
         _copy(model.parent / name, output / name)
     _copy(model, output / MODEL_FILE)
 

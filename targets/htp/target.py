@@ -25,6 +25,7 @@ from fraqat_compiler.targets.htp.log_messages import DEFAULT_REMEDY, explain, no
 from fraqat_compiler.targets.htp.profile_csv import NOTES, read_profile
 from fraqat_compiler.targets.htp.rules import wrong_nodes
 from fraqat_compiler.targets.htp.socs import Soc, find_soc
+from fraqat_compiler.targets.model_file import read_model
 
 CONTEXT_FILE = "htp_context.onnx"
 BINARY_FILE = "htp_context_qnn.bin"
@@ -221,11 +222,11 @@ def _alive(error: QnnError) -> bool:
 
 
 def _nodes(model: Path) -> list[onnx.NodeProto]:
-    return list(onnx.load(str(model), load_external_data=False).graph.node)
+    return list(read_model(model).graph.node)
 
 
 def _refuse_dynamic_shapes(model: Path) -> None:
-    for value in onnx.load(str(model), load_external_data=False).graph.input:
+    for value in read_model(model).graph.input:
         names = [dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim if not dim.HasField("dim_value")]
         if names:
             raise TargetError(
