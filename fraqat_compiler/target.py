@@ -89,8 +89,8 @@ class Profile:
         source: who measured: a device, a simulator of it, this host, or an estimate. Never mixed.
         latency_ms: time of one inference; None where the source cannot know (a simulator counts cycles, not time).
         peak_memory_bytes: None where unknown.
-        ops: one mapping for each op: name, and what the source counts (cycles, ms ...).
-        unit: what the numbers in `ops` count.
+        ops: one mapping for each op: `name`, and what the source counts under the key `unit` ("cycles", "ms" ...).
+        unit: what the numbers in `ops` count, and their key there.
         notes: what a reader must know to not misread the figures.
     """
 
@@ -151,7 +151,11 @@ class Target(ABC):
 
     @abstractmethod
     def check(self, model: Path) -> list[Finding]:
-        """Can the hardware run this ONNX file? One finding for each node; an empty list is an empty graph."""
+        """Can the hardware run this ONNX file? One finding for each node; an empty list is an empty graph.
+
+        Raises:
+            TargetError: there is no such file, or it is damaged.
+        """
 
     @abstractmethod
     def compile(self, model: Path, output: Path) -> Artifact:
@@ -163,16 +167,20 @@ class Target(ABC):
 
     @abstractmethod
     def run(self, artifact: Artifact, inputs: Arrays) -> Arrays:
-        """Run the artifact on the hardware, or on the nearest thing to it here, and return its outputs by name."""
+        """Run the artifact on the hardware, or on the nearest thing to it here, and return its outputs by name.
+
+        Raises:
+            TargetError: the artifact is damaged, or the inputs do not fit it.
+        """
 
     @abstractmethod
     def profile(self, artifact: Artifact, inputs: Arrays) -> Profile:
         """Profile one inference."""
 
+    @abstractmethod
     def load(self, folder: Path, target_text: str) -> Artifact:
-        """The artifact that an earlier `compile` left in `folder`.
+        """The artifact that an earlier `compile` left in `folder`, equal to what that returned but for its place.
 
         Raises:
             TargetError: the folder does not hold it.
         """
-        raise NotImplementedError
