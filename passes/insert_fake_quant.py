@@ -269,7 +269,7 @@ class _Insertion:
             if source in self.quantizer_of:
                 self.quantizer_of[node] = self.quantizer_of[source]  # type: ignore[index]
             return
-        if not is_float_tensor(node) or self._skipped(node):
+        if not is_float_tensor(node) or self._skipped(node) or not node.users:  # an unread input sees no data
             return
         if any(self._defers(node, user) for user in node.users):
             return

@@ -283,6 +283,19 @@ def test_clamps_become_clips_whatever_their_bounds_types(tmp_path: Path) -> None
         np.testing.assert_array_equal(actual, expected.numpy())
 
 
+class OneUnused(nn.Module):
+    def forward(self, x: Tensor, unused: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+def test_an_input_that_nothing_reads_stays_an_input(tmp_path: Path) -> None:
+    args = (torch.randn(2, 4), torch.randn(3))
+    graph = fake_quantized(OneUnused(), args)
+    result = lowered(graph)
+    assert [tensor.name for tensor in result.inputs] == ["x", "unused"]
+    assert distance(graph, result, args, tmp_path) <= 1 + 1e-3
+
+
 def test_other_opsets_are_refused() -> None:
     graph = fake_quantized(FeedForward(), (torch.randn(2, 16),))
     with pytest.raises(PassError, match="opset 17"):
