@@ -151,7 +151,10 @@ class Target(ABC):
 
     @abstractmethod
     def check(self, model: Path) -> list[Finding]:
-        """Can the hardware run this ONNX file? One finding for each node; an empty list is an empty graph.
+        """Can the hardware run this ONNX file?
+
+        One finding for each node; QuantizeLinear and DequantizeLinear, which belong to their neighbours, may be left
+        out.
 
         Raises:
             TargetError: there is no such file, or it is damaged.
@@ -160,6 +163,8 @@ class Target(ABC):
     @abstractmethod
     def compile(self, model: Path, output: Path) -> Artifact:
         """Compile the ONNX file `model` into folder `output` (which exists).
+
+        The same file gives the same bytes. File names are fixed, so that the folder can be moved and loaded.
 
         Raises:
             TargetError: the file cannot be compiled whole; nothing half-written is left.
