@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import onnxruntime as ort
 from onnx import (
@@ -20,32 +19,17 @@ from onnx import (
 LARGEST_CONSTANT = 1024  # elements; shapes, axes and scales must be constants, while a weight may as well be an input
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A node that the runtime refuses on its own.
-
-    Attributes:
-        node: the node.
-        reason: the runtime's words.
-    """
-
-    node: NodeProto
-    reason: str
-
-
-def refusals(model: ModelProto) -> Iterator[Refusal]:
-    """The nodes that ONNX Runtime refuses on its CPU provider, in the order of the graph.
+def refusals(model: ModelProto) -> dict[int, str]:
+    """What ONNX Runtime says against nodes on its CPU provider, by their place in the graph.
 
     A node whose inputs have no known type, because a refused node makes them, is not asked.
     """
     inferred = shape_inference.infer_shapes(model)
     values = {value.name: value for value in (*inferred.graph.value_info, *inferred.graph.input)}
     constants = {tensor.name: tensor for tensor in inferred.graph.initializer}
-    for node in inferred.graph.node:
-        alone = _alone(node, inferred, values, constants)
-        reason = None if alone is None else _reason(alone)
-        if reason is not None:
-            yield Refusal(node, reason)
+    alone = (_alone(node, inferred, values, constants) for node in inferred.graph.node)
+    reasons = {index: _reason(probe) for index, probe in enumerate(alone) if probe is not None}
+    return {index: reason for index, reason in reasons.items() if reason is not None}
 
 
 def _alone(

@@ -62,12 +62,12 @@ class OnnxRuntimeTarget(Target):
             onnx.checker.check_model(str(model))
             _open(model, "none", self.threads)
         except Exception as error:  # onnxruntime's exceptions share no public base
-            refused = {refusal.node.name: refusal.reason for refusal in refusals(graph)}
+            refused = refusals(graph)
             if not refused:  # no node is to blame alone: the model is
                 raise TargetError(f"{model.name} is refused: {plain(error)}.") from error
         else:
             refused = {}
-        return [_finding(node.name, node.op_type, refused.get(node.name)) for node in graph.graph.node]
+        return [_finding(node.name, node.op_type, refused.get(index)) for index, node in enumerate(graph.graph.node)]
 
     def compile(self, model: Path, output: Path) -> Artifact:
         self._refuse(model)
@@ -97,7 +97,10 @@ class OnnxRuntimeTarget(Target):
             options.optimized_model_filepath = str(Path(scratch) / OFFLINE_FILE)
             if data_files(read_model(model)):  # what is large stays outside
                 options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
-            ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            try:
+                ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # as above; the model is known to load, so it is the writing that failed
+                raise OutputError(f"{OFFLINE_FILE} cannot be written: {plain(error)}.", "Free disk space.") from error
             for name in (data, OFFLINE_FILE):
                 if (Path(scratch) / name).exists():
                     (Path(scratch) / name).replace(output / name)
