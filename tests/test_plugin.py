@@ -107,6 +107,15 @@ print(target.profile(artifact, {{"x": inputs.numpy()}}).source)
     assert run(script, example).strip().endswith("host")
 
 
+def test_the_target_keeps_the_contract(example: Path) -> None:
+    script = """
+from fraqat_compiler.conformance import check_target
+from fraqat_compiler.registry import parse_target
+print(len(check_target(parse_target("host-a16{threads=2}"))))
+"""
+    assert run(script, example).strip() == "14"
+
+
 def test_listings_show_the_owner_and_what_is_wrong(misfits: str) -> None:
     script = """
 import dataclasses, json

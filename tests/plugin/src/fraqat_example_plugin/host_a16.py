@@ -46,7 +46,10 @@ class HostA16Target(Target):
     def run(self, artifact: Artifact, inputs: Arrays) -> Arrays:
         session = self._session(artifact.path)
         names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, inputs), strict=True))
+        try:
+            return dict(zip(names, session.run(names, inputs), strict=True))
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise TargetError(f"{artifact.path.name} does not run: {error}.", "Check the inputs.") from error
 
     def profile(self, artifact: Artifact, inputs: Arrays) -> Profile:
         session = self._session(artifact.path)
@@ -68,5 +71,5 @@ class HostA16Target(Target):
         options.intra_op_num_threads = self.threads
         try:
             return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no public base class
+        except Exception as error:  # as above
             raise TargetError(f"onnxruntime refuses {model}: {error}.") from error
