@@ -147,7 +147,7 @@ def summary(measured: Measured, yardstick: Measured) -> dict[str, Any]:
     row: dict[str, Any] = {"name": measured.arm.title(), "quantizes": measured.arm.quantizes}
     if measured.problem:
         return row | {"problem": measured.problem}
-    lower, _, upper = statistics.quantiles(measured.ratios(yardstick), n=4)
+    lower, _, upper = statistics.quantiles(measured.ratios(yardstick), n=4, method="inclusive")
     median = statistics.median(measured.seconds)
     return row | {
         "milliseconds": round(median * 1000, 2),
