@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +15,8 @@ from typing import IO, Any
 from fraqat_compiler.errors import TargetError
 
 WORKER_MODULE = "fraqat_compiler.targets.htp.worker"
+NO_FALLBACK = {"session.disable_cpu_ep_fallback": "1"}
+QUIET = 3
 
 
 class QnnError(TargetError):
@@ -49,9 +52,11 @@ class QnnProcess:
         self._answers = Connection(answer_read, writable=False)
         weakref.finalize(self, _end, self._process, self._commands, self._answers)
 
-    def load(self, model: Path, provider: dict[str, str], config: dict[str, str], severity: int = 3) -> list[str]:
+    def load(
+        self, model: Path, provider: Mapping[str, str], config: Mapping[str, str], severity: int = QUIET
+    ) -> list[str]:
         """Open a session on a model or context binary; returns its output names."""
-        names: list[str] = self._call("load", str(model), provider, config, severity)
+        names: list[str] = self._call("load", str(model), dict(provider), dict(config), severity)
         return names
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +88,9 @@ class QnnProcess:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             code = self._process.wait()
             raise QnnError(f"the QNN library's process ended with status {code}", self.log) from None
+        except BaseException:  # Ctrl-C: the answer that is under way would be taken for that of the next command
+            self._process.kill()
+            raise
         if status == "error":
             raise QnnError(str(result), self.log)
         return result

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
 _UNIT = re.compile(r"Validation (PASSED|FAILED) for \d+ nodes in OrtNodeUnit \((\w+)\)")
 _MEMBER = re.compile(r"Operator type: (\w+) Node name: (.*?) Node index: \d+")
 _REASON = re.compile(r"REASON : (.*)")
 _CODE = re.compile(r"backendValidateOpConfig\(\) failed for node `(.*?)` of type `(\w+)` with error code (\d+)")
+_PREFIX = re.compile(r"^(\w+: )?(\[ONNXRuntimeError\] : \d+ : \w+ : )?(Load model from \S+ failed: ?)?")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 CODES = {
@@ -22,19 +24,15 @@ CODES = {
 # (what the log or the op says, what to do about it); the first that fits is told.
 REMEDIES = (
     (re.compile(r"\bErf\b"), "Keep GELU as one op (torch.nn.functional.gelu), not written out with erf."),
-    (
-        re.compile(r"rank 6|rank=6|dimensions=\((?:\d+ ){6}"),
-        "Rewrite reshapes and transposes with at most 5 dimensions.",
-    ),
+    (re.compile(r"rank=([6-9]|\d\d)"), "Rewrite it with at most 5 dimensions."),
     (re.compile(r"\b(GatherND|And|Or|Not|Where)\b"), "Give the attention mask as a 4-D additive float input."),
     (re.compile(r"\bSqueeze\b"), "Squeeze only dimensions of size 1."),
     (re.compile(r"\b(LSTM|GRU|RNN|Loop|If|Scan)\b"), "Unroll it; capture does so for LSTM, GRU and RNN modules."),
     (re.compile(r"\b(NonZero|Unique|NonMaxSuppression)\b"), "Keep what depends on values outside the model."),
-    (re.compile(r"\bConv3d\b|Conv.*rank=5"), "Give 3-D convolutions 8-bit weights: --weights 4,NAME=8."),
+    (re.compile(r"\bConv rank=5"), "Give 3-D convolutions 8-bit weights: --weights 4,NAME=8."),
+    (re.compile(r"code 1002"), "Clip constants of huge magnitude, as masks hold them, or split the model."),
 )
-DEFAULT_REMEDY = (
-    "Leave its module out with --skip, or change --weights or --activations for it; htp.log has the details."
-)
+DEFAULT_REMEDY = "Leave its module out with --skip, or change --weights or --activations for it."
 
 
 @dataclass(frozen=True)
@@ -71,16 +69,16 @@ def node_verdicts(log: str) -> dict[str, NodeVerdict]:
 def _units(log: str) -> Iterator[tuple[bool, str, list[tuple[str, str]], str]]:
     """(accepted, op, members, reason) for every verdict of the log, in order."""
     matches = list(_UNIT.finditer(log))
-    for match, following in zip(matches, [*matches[1:], None], strict=True):
+    for match, following in zip_longest(matches, matches[1:]):
         block = log[match.end() : following.start() if following else match.end() + 2000]
         reason = _REASON.search(block)
         members = [(item[1], item[2]) for item in _MEMBER.finditer(block[: reason.start() if reason else None])]
-        yield match[1] == "PASSED", match[2], members, reason[1].strip() if reason else ""
+        yield match[1] == "PASSED", match[2], members, reason[1].strip().rstrip(".") if reason else ""
 
 
 def _reason(name: str, reason: str, codes: dict[str, tuple[str, int]]) -> str:
     if name not in codes:
-        return reason.split("Erf node")[0].strip() or "the library gives no reason"
+        return reason.split("Erf node")[0].rstrip(". ") or "the library gives no reason"
     qnn_op, code = codes[name]
     return f"{CODES.get(code, 'refused')} (QNN op {qnn_op}, code {code})"
 
@@ -91,11 +89,13 @@ def remedy_for(text: str) -> str:
 
 
 def explain(message: str, log: str) -> str:
-    """One sentence for a failure that names no node: the library's error, and what its code means."""
+    """One clause for a failure that names no node: what the error's code means, or the library's own words."""
     text = _ANSI.sub("", f"{message}\n{log}")
+    if "assigned to the default CPU EP" in text:
+        return "the HTP has no kernel for it"
     for code, meaning in CODES.items():
         if re.search(rf"(error|code|err)\D{{0,12}}{code}\b", text, re.IGNORECASE):
             return f"{meaning} (code {code})"
     if "MEM_ALLOC" in text:
         return f"{CODES[1002]} (MEM_ALLOC)"
-    return message.splitlines()[0].strip() if message.strip() else "the library gives no reason"
+    return _PREFIX.sub("", " ".join(message.split())).rstrip(". ") or "the library gives no reason"

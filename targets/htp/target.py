@@ -8,31 +8,32 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import onnx
+from onnx import NodeProto
 
 from fraqat_compiler.errors import TargetError
 from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
 from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target, TensorRequest
-from fraqat_compiler.targets.htp.client import QnnError, QnnProcess
+from fraqat_compiler.targets.htp.client import NO_FALLBACK, QnnError, QnnProcess
 from fraqat_compiler.targets.htp.context_binary import BinaryFacts, read_binary
-from fraqat_compiler.targets.htp.log_messages import DEFAULT_REMEDY, explain, node_verdicts, remedy_for
+from fraqat_compiler.targets.htp.log_messages import explain
+from fraqat_compiler.targets.htp.node_support import Refusal, refusals
 from fraqat_compiler.targets.htp.profile_csv import NOTES, read_profile
 from fraqat_compiler.targets.htp.rules import wrong_nodes
 from fraqat_compiler.targets.htp.socs import Soc, find_soc
+from fraqat_compiler.targets.htp.unit_probe import QDQ
 from fraqat_compiler.targets.model_file import read_model
 
 CONTEXT_FILE = "htp_context.onnx"
 BINARY_FILE = "htp_context_qnn.bin"
 LOG_FILE = "htp.log"
 OLDEST_GLIBC = (2, 35)
-VERBOSE, QUIET = 0, 3
-_QDQ = {"QuantizeLinear", "DequantizeLinear"}
 
 
 @dataclass(frozen=True)
@@ -90,32 +91,21 @@ class HtpTarget(Target):
     def check(self, model: Path) -> list[Finding]:
         """Ask the library itself: it prepares the whole graph, and names what it refuses."""
         self._require()
-        nodes = [node for node in _nodes(model) if node.op_type not in _QDQ]
         _refuse_dynamic_shapes(model)
-        process = QnnProcess()
-        try:
-            process.load(model, self._provider_options(), _NO_FALLBACK)
-            refused: dict[str, Finding] = {}
-        except QnnError as error:
-            refused = self._refused(process if _alive(error) else QnnProcess(), model, error)
-        wrong = {finding.node: finding for finding in wrong_nodes(model)}
-        return [refused.get(n.name) or wrong.get(n.name) or Finding(n.name, n.op_type, "runs") for n in nodes]
+        refused = self._refused(model)
+        wrong = {(finding.node, finding.op): finding for finding in wrong_nodes(model)}
+        return [
+            _finding(node, refused.get(index), wrong)
+            for index, node in enumerate(read_model(model).graph.node)
+            if node.op_type not in QDQ
+        ]
 
-    def _refused(self, process: QnnProcess, model: Path, error: QnnError) -> dict[str, Finding]:
-        """The nodes that the library would leave to the CPU, from its verbose log."""
+    def _refused(self, model: Path) -> dict[int, Refusal]:
         try:
-            process.load(model, self._provider_options(), {}, severity=VERBOSE)
-        except QnnError as second:
-            error = second
-        verdicts = [verdict for verdict in node_verdicts(process.log).values() if not verdict.accepted]
-        found = {v.node: Finding(v.node, v.op, "refused", v.reason, v.remedy) for v in verdicts if v.op not in _QDQ}
-        if found:  # an op that has no kernel at all comes first: its neighbours are refused because of it
-            return dict(sorted(found.items(), key=lambda item: "not supported" not in item[1].reason))
-        reason = explain(str(error), error.log)
-        first = next(node for node in _nodes(model) if node.op_type not in _QDQ)
-        return {
-            first.name: Finding(first.name, first.op_type, "refused", f"the whole graph: {reason}", remedy_for(reason))
-        }
+            QnnProcess().load(model, self._provider_options(), NO_FALLBACK)
+        except QnnError as error:
+            return refusals(model, self._provider_options(), error)
+        return {}
 
     def compile(self, model: Path, output: Path) -> Artifact:
         self._require()
@@ -131,34 +121,49 @@ class HtpTarget(Target):
         return self._artifact(output, facts)
 
     def _compile(self, model: Path, scratch: Path, log: Path) -> None:
-        config = _NO_FALLBACK | {
+        config = NO_FALLBACK | {
             "ep.context_enable": "1",
             "ep.context_file_path": str(scratch / CONTEXT_FILE),
             "ep.context_embed_mode": "0",
         }
-        process = QnnProcess()
         try:
-            process.load(model, self._provider_options(), config)
+            QnnProcess().load(model, self._provider_options(), config)
         except QnnError as error:
-            refused = self._refused(QnnProcess(), model, error)
-            log.write_text(error.log or str(error), encoding="utf-8")
-            raise TargetError(_refusal(refused, self.chip), next(iter(refused.values())).remedy) from error
+            log.write_text(f"{error}\n{error.log}", encoding="utf-8")
+            refused = refusals(model, self._provider_options(), error)
+            raise _refusal(model, refused, self.chip) from error
 
     def run(self, artifact: Artifact, inputs: Arrays) -> Arrays:
         self._require()
+        process = self._loaded(artifact)
         try:
-            return _loaded(artifact.path, artifact.path.stat().st_mtime_ns, self).run(inputs)
+            return process.run(inputs)
         except QnnError as error:
-            _loaded.cache_clear()
-            raise TargetError(f"{artifact.path.name} does not run: {explain(str(error), error.log)}.") from error
+            _kept.cache_clear()
+            raise _does_not_run(artifact, error) from error
+
+    def _loaded(self, artifact: Artifact) -> QnnProcess:
+        """The process that holds the artifact, kept for the next call.
+
+        Raises:
+            TargetError: the artifact is missing, damaged, or made for another SoC.
+        """
+        self._proven(artifact.path.with_name(BINARY_FILE))
+        try:
+            changed = tuple(file.stat().st_mtime_ns for file in artifact.files)
+            return _kept(artifact.path, changed, self)
+        except OSError as error:
+            raise TargetError(f"{artifact.path.name} cannot be read: {error.strerror}.", "Compile again.") from error
+        except QnnError as error:
+            raise _does_not_run(artifact, error) from error
 
     def profile(self, artifact: Artifact, inputs: Arrays) -> Profile:
-        self._require()
+        self.run(artifact, inputs)  # what is wrong with the artifact or the inputs is said here
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "profile.csv"
             options = self._provider_options() | {"profiling_level": "detailed", "profiling_file_path": str(path)}
             process = QnnProcess()
-            process.load(artifact.path, options, _NO_FALLBACK)
+            process.load(artifact.path, options, NO_FALLBACK)
             process.run(inputs)
             process.unload()
             ops = read_profile(path)
@@ -206,23 +211,12 @@ class HtpTarget(Target):
         return Artifact(path=files[0], files=files, target_text=to_text(self), details=details)
 
 
-_NO_FALLBACK = {"session.disable_cpu_ep_fallback": "1"}
-
-
 @lru_cache(maxsize=1)
-def _loaded(path: Path, changed: int, target: HtpTarget) -> QnnProcess:
-    """A process that holds the artifact, kept between runs; `changed` is part of the key only."""
+def _kept(path: Path, changed: tuple[int, ...], target: HtpTarget) -> QnnProcess:
+    """One process is kept, since a sampler runs one artifact many times; `changed` is part of the key only."""
     process = QnnProcess()
-    process.load(path, target._provider_options(), _NO_FALLBACK)
+    process.load(path, target._provider_options(), NO_FALLBACK)
     return process
-
-
-def _alive(error: QnnError) -> bool:
-    return "process ended" not in str(error)
-
-
-def _nodes(model: Path) -> list[onnx.NodeProto]:
-    return list(read_model(model).graph.node)
 
 
 def _refuse_dynamic_shapes(model: Path) -> None:
@@ -235,10 +229,23 @@ def _refuse_dynamic_shapes(model: Path) -> None:
             )
 
 
-def _refusal(refused: dict[str, Finding], chip: Soc) -> str:
-    first = next(iter(refused.values()))
-    more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
-    return f"{chip.part} refuses node {first.node} ({first.op}){more}: {first.reason}."
+def _finding(node: NodeProto, refusal: Refusal | None, wrong: Mapping[tuple[str, str], Finding]) -> Finding:
+    if refusal is not None:
+        return Finding(node.name, node.op_type, "refused", refusal.reason, refusal.remedy)
+    return wrong.get((node.name, node.op_type)) or Finding(node.name, node.op_type, "runs")
 
 
-__all__ = ["BINARY_FILE", "CONTEXT_FILE", "DEFAULT_REMEDY", "HtpTarget"]
+def _refusal(model: Path, refused: dict[int, Refusal], chip: Soc) -> TargetError:
+    (index, first), *others = refused.items()
+    node = read_model(model).graph.node[index]
+    more = f" and {len(others)} more" if others else ""
+    return TargetError(
+        f"{chip.part} refuses node {node.name or '(unnamed)'} ({node.op_type}){more}: {first.reason}.", first.remedy
+    )
+
+
+def _does_not_run(artifact: Artifact, error: QnnError) -> TargetError:
+    return TargetError(
+        f"{artifact.path.name} does not run: {explain(str(error), error.log)}.",
+        "Give every input in its type and shape; compile again if the file is damaged.",
+    )
