@@ -144,10 +144,16 @@ def _verdict(holds: bool) -> Text:
 def show_profile(console: Console, profile: Mapping[str, Any], shown: int = SHOWN_OPS) -> None:
     """Where the time goes."""
     if profile["ops"]:
-        rows = [list(op.values()) for op in profile["ops"][:shown]]
-        console.print(table(f"ops, in {profile['unit']}", list(profile["ops"][0]), rows))
+        console.print(_op_table(f"ops, in {profile['unit']}", profile["ops"][:shown]))
     notes = [f"latency: {_latency(profile)}", *profile["notes"]]
     console.print(lines(notes), soft_wrap=True)
+
+
+def _op_table(title: str, ops: Sequence[Mapping[str, Any]]) -> Table:
+    """Ops with whatever keys the target gives them; words come before figures."""
+    keys = sorted(dict.fromkeys(key for op in ops for key in op), key=lambda key: not isinstance(ops[0].get(key), str))
+    words = sum(isinstance(ops[0].get(key), str) for key in keys)
+    return table(title, keys, ([op.get(key) for key in keys] for op in ops), texts=words)
 
 
 def show_explanation(console: Console, facts: Mapping[str, Any]) -> None:
@@ -159,8 +165,7 @@ def show_explanation(console: Console, facts: Mapping[str, Any]) -> None:
     console.print(table("constants in the file", ("name", "type", "shape", "size"), constants, texts=3))
     console.print(table("nodes in the file", ("name", "op"), ((n["name"], n["op"]) for n in facts["nodes"]), texts=2))
     if facts["profile"]:
-        rows = [list(op.values()) for op in facts["profile"]]
-        console.print(table(f"cost, in {facts['profile_unit']}", list(facts["profile"][0]), rows))
+        console.print(_op_table(f"cost, in {facts['profile_unit']}", facts["profile"]))
 
 
 def show_differences(console: Console, rows: Rows) -> None:
@@ -169,7 +174,7 @@ def show_differences(console: Console, rows: Rows) -> None:
     if not found:
         console.print("the same, measured times aside")
         return
-    console.print(table(f"{len(found)} differences", ("key", "first", "second"), found, texts=3))
+    console.print(table(f"{len(found)} values differ", ("key", "first", "second"), found, texts=3))
 
 
 def _shown(value: Any) -> str:
