@@ -1,6 +1,6 @@
 """What the library accepts and computes wrongly, found in the file before anything is compiled.
 
-Each rule was measured against the library (QAIRT 2.51, v79); it reads the graph only.
+Each rule was measured against the library; it reads the graph only.
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
+from onnx import shape_inference
 
+from fraqat_compiler import lazy_values, onnx_io, qdq
 from fraqat_compiler.target import Finding
+from fraqat_compiler.targets.model_file import read_model
 
 LARGEST_MASK = 1e4
+_IMPRECISE = frozenset({"Log", "Softplus", "Mish"})
+# (coordinate_transformation_mode, nearest_mode), and ONNX's defaults of both
+_WRONG_RESIZES = frozenset({("half_pixel", "floor"), ("half_pixel", "ceil"), ("asymmetric", "round_prefer_ceil")})
+_RESIZE_DEFAULTS = ("half_pixel", "round_prefer_floor")
 
 
 @dataclass(frozen=True)
@@ -26,58 +32,90 @@ class _Rule:
 
 
 def wrong_nodes(model: Path) -> Iterator[Finding]:
-    """A finding with verdict `wrong` for every node that a rule holds for."""
-    graph = gs.import_onnx(onnx.load(str(model)))
-    for node in graph.nodes:
+    """A finding with verdict `wrong` for every node that a rule holds for.
+
+    Raises:
+        FraqatError: the file is damaged.
+    """
+    for node in _with_shapes(model).nodes:
         for rule in _RULES:
             if rule.holds(node):
                 yield Finding(node.name, node.op, "wrong", rule.reason, rule.remedy)
 
 
+def _with_shapes(model: Path) -> gs.Graph:
+    """The graph; the file need not hold the shapes of what lies between its inputs and outputs."""
+    graph = onnx_io.load(model)
+    tensors = graph.tensors()
+    for value in shape_inference.infer_shapes(read_model(model)).graph.value_info:
+        if value.name in tensors:
+            tensors[value.name].shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    return graph
+
+
 def _int4_without_zero_point(node: gs.Node) -> bool:
-    consumes_int4 = any(_is_int4(source) and len(source.inputs) < 3 for source in _dequantizers(node))
-    return node.op in ("Gemm", "MatMul", "Conv", "ConvTranspose") and consumes_int4
+    has_kernel = node.op in ("Gemm", "MatMul", "Conv", "ConvTranspose")
+    return has_kernel and any(_is_int4(source) and len(source.inputs) < 3 for source in _dequantizers(node))
 
 
 def _is_int4(dequantizer: gs.Node) -> bool:
     codes = dequantizer.inputs[0]
-    return isinstance(codes, gs.Constant) and "int4" in str(codes.dtype).lower()
+    return qdq.is_constant(codes) and lazy_values.dtype_of(codes) in lazy_values.FOUR_BIT_TYPES
 
 
 def _dequantizers(node: gs.Node) -> Iterator[gs.Node]:
-    for tensor in node.inputs:
-        if tensor.inputs and tensor.inputs[0].op == "DequantizeLinear":
-            yield tensor.inputs[0]
+    sources = (qdq.made_by(tensor, qdq.DEQUANTIZE) for tensor in node.inputs)
+    return (source for source in sources if source is not None)
 
 
 def _reciprocal_of_sqrt(node: gs.Node) -> bool:
-    return node.op == "Reciprocal" and any(source.op == "Sqrt" for source in _sources_through_qdq(node))
+    return node.op == "Reciprocal" and _source_through_qdq(node.inputs[0]) == "Sqrt"
 
 
-def _sources_through_qdq(node: gs.Node) -> Iterator[gs.Node]:
-    for tensor in node.inputs:
-        while tensor.inputs and tensor.inputs[0].op in ("QuantizeLinear", "DequantizeLinear"):
-            tensor = tensor.inputs[0].inputs[0]
-        yield from tensor.inputs
+def _source_through_qdq(tensor: gs.Tensor) -> str:
+    """The op behind a tensor and the quantizers on the way."""
+    node = qdq.producer(tensor)
+    while node is not None and node.op in (qdq.QUANTIZE, qdq.DEQUANTIZE):
+        node = qdq.producer(node.inputs[0])
+    return node.op if node is not None else ""
 
 
 def _wide_tanh(node: gs.Node) -> bool:
-    if node.op != "Tanh":
+    if node.op != "Tanh" or not _reads_16_bits(node):
         return False
     shape = node.inputs[0].shape
-    is_flat = shape is not None and len(shape) == 2 and shape[0] == 1
-    return not is_flat and any(_is_16_bit(source) for source in _dequantizers(node))
+    return not (shape is not None and len(shape) == 2 and shape[0] == 1)
 
 
-def _is_16_bit(dequantizer: gs.Node) -> bool:
-    zero_point = dequantizer.inputs[2] if len(dequantizer.inputs) > 2 else None
-    return zero_point is not None and np.dtype(zero_point.dtype) == np.uint16
+def _imprecise_at_16_bits(node: gs.Node) -> bool:
+    return node.op in _IMPRECISE and _reads_16_bits(node)
+
+
+def _reads_16_bits(node: gs.Node) -> bool:
+    return any(qdq.code_type(source) == np.uint16 for source in _dequantizers(node) if len(source.inputs) > 2)
+
+
+def _nearest_resize(node: gs.Node) -> bool:
+    if node.op != "Resize" or node.attrs.get("mode", "nearest") != "nearest":
+        return False
+    coordinates, rounding = _RESIZE_DEFAULTS
+    modes = node.attrs.get("coordinate_transformation_mode", coordinates), node.attrs.get("nearest_mode", rounding)
+    return modes in _WRONG_RESIZES
 
 
 def _mask_constant(node: gs.Node) -> bool:
-    constants = [tensor for tensor in node.inputs if isinstance(tensor, gs.Constant)]
-    floats = [tensor for tensor in constants if tensor.dtype in (np.float32, np.float16)]
-    return node.op in ("Add", "Where", "Sub") and any(float(np.min(item.values)) < -LARGEST_MASK for item in floats)
+    return node.op in ("Add", "Sub", "Where") and any(_least(tensor) < -LARGEST_MASK for tensor in node.inputs)
+
+
+def _least(tensor: gs.Tensor) -> float:
+    """The least value of a constant, be it in float or in codes of one scale; 0 for what is none."""
+    dequantizer = qdq.made_by(tensor, qdq.DEQUANTIZE)
+    if dequantizer is not None and qdq.is_scalar(dequantizer) and qdq.is_constant(dequantizer.inputs[0]):
+        codes, scale, *zero_point = (lazy_values.values_of(item).astype(np.float64) for item in dequantizer.inputs)
+        return float(np.min((codes - sum(zero_point)) * scale, initial=0.0))
+    if not qdq.is_constant(tensor) or lazy_values.dtype_of(tensor).kind != "f":
+        return 0.0
+    return float(np.min(lazy_values.values_of(tensor), initial=0.0))
 
 
 _RULES = (
@@ -92,5 +130,11 @@ _RULES = (
         "Write Div(1, Sqrt(x)), or RMSNormalization of opset 23.",
     ),
     _Rule(_wide_tanh, "Tanh at 16 bits is garbage at this shape", "Reshape to [1, N] around it, or use 8 bits there."),
+    _Rule(_imprecise_at_16_bits, "at 16 bits it strays by hundreds of steps", "Use 8 bits there."),
+    _Rule(
+        _nearest_resize,
+        "these modes of nearest-neighbour Resize pick other neighbours",
+        "Use asymmetric with floor, or half_pixel with round_prefer_floor.",
+    ),
     _Rule(_mask_constant, "a mask constant of this size ruins the quantizer", "Clip it to about -50: pass clip-masks."),
 )

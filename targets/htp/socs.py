@@ -10,6 +10,8 @@ from importlib.resources import files
 
 from fraqat_compiler.errors import UsageError
 
+_LEFT_OUT = frozenset({"snapdragon", "qualcomm", "samsung", "mobile"})  # words that people put or leave out
+
 
 @dataclass(frozen=True)
 class Soc:
@@ -20,7 +22,7 @@ class Soc:
         marketing_name: Snapdragon 8 Elite; empty where there is none.
         soc_model: the number that QNN calls the SoC by.
         htp_arch: 79 for v79.
-        vtcm_mb: tightly coupled memory of the HTP, in MiB; None where unknown.
+        vtcm_mb: tightly coupled memory of the HTP, in MiB.
         devices: phones and boards that have it.
     """
 
@@ -28,16 +30,16 @@ class Soc:
     marketing_name: str
     soc_model: int
     htp_arch: int
-    vtcm_mb: float | None
+    vtcm_mb: float
     devices: tuple[str, ...]
 
 
 @cache
 def known_socs() -> tuple[Soc, ...]:
-    """Every SoC of the table whose HTP architecture is known."""
+    """Every SoC of the table."""
     text = files("fraqat_compiler.targets.htp").joinpath("socs.csv").read_text(encoding="utf-8")
     rows = csv.DictReader(text.splitlines())
-    return tuple(_soc(row) for row in rows if row["htp_arch"] and row["soc_model"])
+    return tuple(map(_soc, rows))
 
 
 def _soc(row: dict[str, str]) -> Soc:
@@ -46,7 +48,7 @@ def _soc(row: dict[str, str]) -> Soc:
         marketing_name=row["marketing_name"],
         soc_model=int(row["soc_model"]),
         htp_arch=int(row["htp_arch"]),
-        vtcm_mb=float(row["vtcm_mb"]) if row["vtcm_mb"] else None,
+        vtcm_mb=float(row["vtcm_mb"]),
         devices=tuple(device.strip() for device in row["devices"].split("|") if device.strip()),
     )
 
@@ -62,8 +64,12 @@ def find_soc(name: str) -> Soc:
     if soc is not None:
         return soc
     near = difflib.get_close_matches(_plain(name), names, n=3, cutoff=0.5)
-    hint = "Did you mean " + ", ".join(sorted({names[item].part for item in near})) + "?" if near else ""
+    hint = f"Did you mean {', '.join(_described(item, names[item]) for item in near)}?" if near else ""
     raise UsageError(f"unknown SoC or device {name!r}.", hint or "Use a part such as sm8750 or a phone's full name.")
+
+
+def _described(name: str, soc: Soc) -> str:
+    return soc.part if name == _plain(soc.part) else f"{name} ({soc.part})"
 
 
 @cache
@@ -77,4 +83,5 @@ def _names() -> dict[str, Soc]:
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.partition("(")[0].lower().replace("snapdragon", "").replace("samsung", "").split())
+    words = name.partition("(")[0].lower().split()
+    return " ".join(word for word in words if word not in _LEFT_OUT)

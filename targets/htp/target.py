@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from onnx import NodeProto
 
-from fraqat_compiler.errors import TargetError
+from fraqat_compiler.errors import TargetError, UsageError
 from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
 from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target, TensorRequest
@@ -55,7 +55,11 @@ class HtpTarget(Target):
     optimization: Literal[1, 2, 3] = 3
 
     def __post_init__(self) -> None:
-        find_soc(self.soc)
+        if not 0 <= self.vtcm_mb <= self.chip.vtcm_mb:  # the library would plan with more than there is
+            raise UsageError(
+                f"vtcm-mb={self.vtcm_mb} does not fit {self.chip.part}.",
+                f"It has {self.chip.vtcm_mb:g} MiB; 0 takes all of it.",
+            )
 
     @property
     def chip(self) -> Soc:
@@ -148,7 +152,6 @@ class HtpTarget(Target):
         Raises:
             TargetError: the artifact is missing, damaged, or made for another SoC.
         """
-        self._proven(artifact.path.with_name(BINARY_FILE))
         try:
             changed = tuple(file.stat().st_mtime_ns for file in artifact.files)
             return _kept(artifact.path, changed, self)
@@ -214,6 +217,7 @@ class HtpTarget(Target):
 @lru_cache(maxsize=1)
 def _kept(path: Path, changed: tuple[int, ...], target: HtpTarget) -> QnnProcess:
     """One process is kept, since a sampler runs one artifact many times; `changed` is part of the key only."""
+    target._proven(path.with_name(BINARY_FILE))
     process = QnnProcess()
     process.load(path, target._provider_options(), NO_FALLBACK)
     return process
