@@ -153,7 +153,7 @@ def _finish_quantizers(graph: gs.Graph) -> None:
             _fold_bound(graph, node, zero_points)
     for node in list(graph.nodes):
         if node.op == qdq.DEQUANTIZE and qdq.made_by(node.inputs[1], "Mul"):
-            _finish_bias(graph, node)
+            _finish_bias(graph, node, names)
     for node in list(graph.nodes):
         if node.op == qdq.QUANTIZE:
             _name_quantizer(node, names)
@@ -169,7 +169,7 @@ def _fold_bound(graph: gs.Graph, cast: gs.Node, shared: qdq.SharedConstants) -> 
     qdq.replace_everywhere(graph, typed, shared.zero_point(values))
 
 
-def _finish_bias(graph: gs.Graph, node: gs.Node) -> None:
+def _finish_bias(graph: gs.Graph, node: gs.Node, names: qdq.Names) -> None:
     """Codes and scale of a bias: int32, scale input_scale * weight_scale, as `quantizer.round_bias` has them.
 
     An op without an integer bias gets the same values in float.
@@ -186,11 +186,11 @@ def _finish_bias(graph: gs.Graph, node: gs.Node) -> None:
 
     if any(reader.op not in _INTEGER_BIAS_OPS for reader in result.outputs):
         floats = lazy_values.LazyArray(bias.shape, np.float32, lambda: codes().astype(np.float32) * scale.numpy())
-        qdq.replace_everywhere(graph, result, gs.Constant(f"{bias.name}_rounded", floats))
+        qdq.replace_everywhere(graph, result, gs.Constant(names.free(f"{bias.name}_rounded"), floats))
         return
-    node.inputs[0] = gs.Constant(f"{bias.name}_q", lazy_values.LazyArray(bias.shape, np.int32, codes))
-    node.inputs[1] = lazy_values.constant(f"{bias.name}_scale", scale.numpy())
-    result.name = f"{bias.name}_dq"
+    node.inputs[0] = gs.Constant(names.free(f"{bias.name}_q"), lazy_values.LazyArray(bias.shape, np.int32, codes))
+    node.inputs[1] = lazy_values.constant(names.free(f"{bias.name}_scale"), scale.numpy())
+    result.name = names.free(f"{bias.name}_dq")
 
 
 def _name_quantizer(node: gs.Node, names: qdq.Names) -> None:
