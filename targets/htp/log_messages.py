@@ -12,6 +12,7 @@ _MEMBER = re.compile(r"Operator type: (\w+) Node name: (.*?) Node index: \d+")
 _REASON = re.compile(r"REASON : (.*)")
 _CODE = re.compile(r"backendValidateOpConfig\(\) failed for node `(.*?)` of type `(\w+)` with error code (\d+)")
 _PREFIX = re.compile(r"^(\w+: )?(\[ONNXRuntimeError\] : \d+ : \w+ : )?(Load model from \S+ failed: ?)?")
+_TAIL = re.compile(r"\w+ node `.*` will not be assigned to QNN EP\.?$")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 CODES = {
@@ -73,12 +74,12 @@ def _units(log: str) -> Iterator[tuple[bool, str, list[tuple[str, str]], str]]:
         block = log[match.end() : following.start() if following else match.end() + 2000]
         reason = _REASON.search(block)
         members = [(item[1], item[2]) for item in _MEMBER.finditer(block[: reason.start() if reason else None])]
-        yield match[1] == "PASSED", match[2], members, reason[1].strip().rstrip(".") if reason else ""
+        yield match[1] == "PASSED", match[2], members, reason[1].strip() if reason else ""
 
 
 def _reason(name: str, reason: str, codes: dict[str, tuple[str, int]]) -> str:
     if name not in codes:
-        return reason.split("Erf node")[0].rstrip(". ") or "the library gives no reason"
+        return _TAIL.sub("", reason).rstrip(". ") or "the library gives no reason"
     qnn_op, code = codes[name]
     return f"{CODES.get(code, 'refused')} (QNN op {qnn_op}, code {code})"
 

@@ -18,7 +18,6 @@ from fraqat_compiler.target import Finding
 from fraqat_compiler.targets.model_file import read_model
 
 LARGEST_MASK = 1e4
-_IMPRECISE = frozenset({"Log", "Softplus", "Mish"})
 # (coordinate_transformation_mode, nearest_mode), and ONNX's defaults of both
 _WRONG_RESIZES = frozenset({("half_pixel", "floor"), ("half_pixel", "ceil"), ("asymmetric", "round_prefer_ceil")})
 _RESIZE_DEFAULTS = ("half_pixel", "round_prefer_floor")
@@ -87,8 +86,8 @@ def _wide_tanh(node: gs.Node) -> bool:
     return not (shape is not None and len(shape) == 2 and shape[0] == 1)
 
 
-def _imprecise_at_16_bits(node: gs.Node) -> bool:
-    return node.op in _IMPRECISE and _reads_16_bits(node)
+def _wide_logarithm(node: gs.Node) -> bool:
+    return node.op == "Log" and _reads_16_bits(node)
 
 
 def _reads_16_bits(node: gs.Node) -> bool:
@@ -108,14 +107,24 @@ def _mask_constant(node: gs.Node) -> bool:
 
 
 def _least(tensor: gs.Tensor) -> float:
-    """The least value of a constant, be it in float or in codes of one scale; 0 for what is none."""
-    dequantizer = qdq.made_by(tensor, qdq.DEQUANTIZE)
-    if dequantizer is not None and qdq.is_scalar(dequantizer) and qdq.is_constant(dequantizer.inputs[0]):
-        codes, scale, *zero_point = (lazy_values.values_of(item).astype(np.float64) for item in dequantizer.inputs)
-        return float(np.min((codes - sum(zero_point)) * scale, initial=0.0))
-    if not qdq.is_constant(tensor) or lazy_values.dtype_of(tensor).kind != "f":
+    """The least value of a constant, quantized or not; 0 for what is none."""
+    if qdq.is_constant(tensor):
+        is_float = lazy_values.dtype_of(tensor).kind == "f"
+        return float(np.min(lazy_values.values_of(tensor), initial=0.0)) if is_float else 0.0
+    node = qdq.producer(tensor)
+    if node is None or node.op not in (qdq.QUANTIZE, qdq.DEQUANTIZE):
         return 0.0
-    return float(np.min(lazy_values.values_of(tensor), initial=0.0))
+    if node.op == qdq.DEQUANTIZE and qdq.is_constant(node.inputs[0]):
+        return _least_code(node)
+    return _least(node.inputs[0])
+
+
+def _least_code(dequantizer: gs.Node) -> float:
+    """The least value that a DequantizeLinear with one scale gives."""
+    if not qdq.is_scalar(dequantizer):
+        return 0.0
+    codes, scale, *zero_point = (lazy_values.values_of(item).astype(np.float64) for item in dequantizer.inputs)
+    return float(np.min((codes - sum(zero_point)) * scale, initial=0.0))
 
 
 _RULES = (
@@ -129,8 +138,12 @@ _RULES = (
         "Sqrt then Reciprocal is scaled wrongly where the root stays below 1",
         "Write Div(1, Sqrt(x)), or RMSNormalization of opset 23.",
     ),
-    _Rule(_wide_tanh, "Tanh at 16 bits is garbage at this shape", "Reshape to [1, N] around it, or use 8 bits there."),
-    _Rule(_imprecise_at_16_bits, "at 16 bits it strays by hundreds of steps", "Use 8 bits there."),
+    _Rule(
+        _wide_tanh,
+        "Tanh at 16 bits is garbage at many shapes that are not flat",
+        "Reshape to [1, N] around it, or use 8 bits there.",
+    ),
+    _Rule(_wide_logarithm, "Log at 16 bits is garbage where a result leaves its range", "Use 8 bits there."),
     _Rule(
         _nearest_resize,
         "these modes of nearest-neighbour Resize pick other neighbours",
