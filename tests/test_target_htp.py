@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import resource
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +17,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fraqat_compiler import parity
-from fraqat_compiler.errors import TargetError, UsageError
+from fraqat_compiler.errors import OutputError, TargetError, UsageError
 from fraqat_compiler.quant_spec import QuantSpec
 from fraqat_compiler.registry import parse_target
 from fraqat_compiler.target import Arrays, Artifact, Finding, TensorRequest
 from fraqat_compiler.targets.htp import HtpTarget
-from fraqat_compiler.targets.htp import target as htp_target
 from fraqat_compiler.targets.htp.context_binary import read_binary
 from fraqat_compiler.targets.htp.log_messages import DEFAULT_REMEDY, explain, remedy_for
 from fraqat_compiler.targets.htp.socs import find_soc, known_socs
@@ -436,13 +436,17 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, model: Path) -
             HtpTarget().check(model)
 
 
-def test_a_full_disk_leaves_nothing(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library writes into a folder that is gone before it is done."""
-    made = htp_target.CONTEXT_FILE
-    monkeypatch.setattr(htp_target, "CONTEXT_FILE", f"no_such_folder/{made}")
-    with pytest.raises(TargetError):
-        HtpTarget().compile(model, output)
-    assert [path.name for path in output.iterdir() if path.name != "htp.log"] == []
+def test_a_full_disk_is_told_and_leaves_nothing(model: Path, output: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # inherited by the library's process
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(OutputError, match=r"htp_context_qnn\.bin cannot be written"):
+            HtpTarget().compile(model, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(output.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from onnx import NodeProto
 
-from fraqat_compiler.errors import TargetError, UsageError
+from fraqat_compiler.errors import OutputError, TargetError, UsageError
 from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
 from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target, TensorRequest
@@ -133,6 +133,8 @@ class HtpTarget(Target):
         try:
             QnnProcess().load(model, self._provider_options(), config)
         except QnnError as error:
+            if "context cache file" in str(error):  # the library's name for the binary
+                raise OutputError(f"{BINARY_FILE} cannot be written.", "Free disk space.") from error
             log.write_text(f"{error}\n{error.log}", encoding="utf-8")
             refused = refusals(model, self._provider_options(), error)
             raise _refusal(model, refused, self.chip) from error
