@@ -16,8 +16,16 @@ def read_model(path: Path) -> ModelProto:
     """The model; weights that lie in files beside it are not read.
 
     Raises:
-        TargetError: there is none, or it is damaged.
+        TargetError: there is none, it is damaged, or it lacks its weights.
     """
+    model = _parsed(path)
+    lost = [name for name in data_files(model) if not (path.parent / name).is_file()]
+    if lost:
+        raise TargetError(f"{path.name} needs {lost[0]}, which is not beside it.", "Copy both, or compile again.")
+    return model
+
+
+def _parsed(path: Path) -> ModelProto:
     try:
         return onnx.load(str(path), load_external_data=False)
     except FileNotFoundError as error:

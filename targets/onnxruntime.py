@@ -133,9 +133,6 @@ class OnnxRuntimeTarget(Target):
     def load(self, folder: Path, target_text: str) -> Artifact:
         path = folder / (OFFLINE_FILE if self.offline else MODEL_FILE)
         files = (path, *(folder / name for name in data_files(read_model(path))))
-        for file in files:
-            if not file.is_file():
-                raise TargetError(f"{path.name} needs {file.name}, which is not beside it.", "Compile again.")
         details = {"fallback_nodes": 0, "runtime": f"onnxruntime {ort.__version__}"}
         return Artifact(path=path, files=files, target_text=target_text, details=details)
 

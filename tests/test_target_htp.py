@@ -296,6 +296,17 @@ def test_every_node_of_a_good_model_runs(model: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("make", "verdict"), [(linear, "runs"), (int4_conv3d, "refused")])
+def test_weights_may_lie_beside_the_model(make: Callable[[Path], Path], verdict: str, file: Path, output: Path) -> None:
+    model = onnx.load(str(make(file)))
+    onnx.save(model, str(file), save_as_external_data=True, location="weights", size_threshold=0)
+    assert HtpTarget().check(file)[-1].verdict == verdict
+    (file.parent / "weights").unlink()
+    for action in (HtpTarget().check, lambda path: HtpTarget().compile(path, output)):
+        with pytest.raises(TargetError, match="needs weights, which is not beside it"):
+            action(file)
+
+
 # What is accepted and wrong: each rule against the library itself
 
 
