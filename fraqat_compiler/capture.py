@@ -7,6 +7,7 @@ and source line it came from. The model is captured in eval mode and is not chan
 from __future__ import annotations
 
 import inspect
+import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._decomp import get_decompositions
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fraqat_compiler.errors import CaptureError, DataError, UsageError
+from fraqat_compiler.ops import op_name
 
 Tracer = Literal["export", "symbolic_trace"]
 TRACERS: tuple[Tracer, ...] = ("export", "symbolic_trace")
@@ -31,6 +33,14 @@ _UNROLLED = (
     torch.ops.aten.rnn_tanh.input,
     torch.ops.aten.rnn_relu.input,
 )
+# One time step of the same, in the table of torch.export.
+_CELLS = (
+    torch.ops.aten.lstm_cell.default,
+    torch.ops.aten.gru_cell.default,
+    torch.ops.aten.rnn_tanh_cell.default,
+    torch.ops.aten.rnn_relu_cell.default,
+)
+_RANDOM_PREFIXES = ("aten.rand", "aten.normal", "aten.bernoulli", "aten.multinomial", "aten.uniform", "aten.poisson")
 LONGEST_UNROLL = 512
 
 _REMEDIES = (
@@ -83,7 +93,10 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     try:
         program = torch.export.export(model, args, kwargs, strict=False)
         _refuse_long_unrolling(program.graph_module)
-        program = program.run_decompositions(dict(get_decompositions(_UNROLLED)))
+        known = torch.export.default_decompositions()
+        written_out: dict[Any, Any] = {op: known[op] for op in _CELLS}
+        program = program.run_decompositions(written_out | dict(get_decompositions(_UNROLLED)))
+        _refuse_unrepeatable(program.graph_module)
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises whatever the model's code raises
@@ -169,6 +182,39 @@ def _refuse_long_unrolling(graph_module: GraphModule) -> None:
                 f"{node.target} over {steps} time steps would unroll into more than {LONGEST_UNROLL} copies.",
                 f"Give example inputs of at most {LONGEST_UNROLL} steps, or keep the recurrent part outside the model.",
             )
+
+
+def _refuse_unrepeatable(graph_module: GraphModule) -> None:
+    """A compiled graph has fixed shapes and gives the same answer to the same inputs."""
+    for node in graph_module.graph.nodes:
+        if node.op == "output":
+            _refuse_plain_outputs(node)
+        if op_name(node).startswith(_RANDOM_PREFIXES):
+            raise CaptureError(
+                f"forward() draws random numbers ({op_name(node)}{user_line(node)}).",
+                "Draw them outside and pass them as an input.",
+            )
+        tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+        if any(not isinstance(size, int) for tensor in tensors for size in tensor.shape):
+            raise CaptureError(
+                f"the size of what {op_name(node)} yields depends on values of tensors{user_line(node)}.",
+                "Replace it by torch.where or a mask of fixed size, or keep it outside the model.",
+            )
+
+
+def _refuse_plain_outputs(output: Node) -> None:
+    plain = [leaf for leaf in pytree.tree_leaves(output.args[0]) if not isinstance(leaf, Node | None)]
+    if plain:
+        raise CaptureError(
+            f"forward() returns {plain[0]!r} ({type(plain[0]).__name__}) beside tensors.",
+            "Return tensors only; what is constant need not be computed by the model.",
+        )
+
+
+def user_line(node: Node) -> str:
+    """` at model.py:3`, the innermost frame of the user's code that made a node; empty when unknown."""
+    frames = re.findall(r'File "[^"]*?([^"/]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f" at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
 
 
 def _capture_error(error: Exception) -> CaptureError:

@@ -143,7 +143,8 @@ class WeightFakeQuantize(FakeQuantize):
             low, high = quantizer.reduced_range(weight, spec.axis, spec.group_size)
             scale, zero_point = quantizer.asymmetric_parameters(low, high, spec)
             self.zero_point = zero_point
-        self.scale = scale * self.clip_ratio if spec.range_method == "mse" else scale.to(torch.float32)
+        clipped = scale * self.clip_ratio if spec.range_method == "mse" else scale
+        self.scale = clipped.to(torch.float32)
 
     def _fit_clip_ratio(self, weight: Tensor) -> None:
         """For each scale the ratio in CLIP_RATIOS that gives the least squared error."""

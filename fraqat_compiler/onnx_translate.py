@@ -22,9 +22,11 @@ from onnxscript import optimizer
 from torch.export import ExportedProgram
 
 import fraqat_compiler.quantizer  # noqa: F401  # registers the ops that are translated below
+from fraqat_compiler.capture import user_line
 from fraqat_compiler.errors import PassError
 
 ONNX_DOMAINS = ("", "ai.onnx")
+_UNSTORABLE = ("Loop", "If", "Scan")  # their bodies hold nodes that no pass would see
 LARGEST_FOLDED = 1024  # elements of a constant that the exporter's shape arithmetic may leave
 
 # The code range of a quantizer -> the ONNX type that stores it and saturates at exactly its ends.
@@ -113,11 +115,32 @@ def _clamp(x: Value, lowest: float | None = None, highest: float | None = None) 
     return op.Clip(x, *bounds)
 
 
+def _softmax(x: Value, dim: int, dtype: int | None = None) -> Value:
+    """Without the Cast that the exporter's own puts behind it: one float type runs through the graph."""
+    return op.Softmax(x, axis=dim)
+
+
+def _softplus(x: Value, beta: float = 1.0, threshold: float = 20.0) -> Value:
+    """One Softplus, which is stable at any x; torch's threshold only spares the exponential."""
+    if beta == 1.0:
+        return op.Softplus(x)
+    factor = op.Constant(value_float=beta)
+    return op.Div(op.Softplus(op.Mul(x, factor)), factor)
+
+
+def _elu(x: Value, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Value:
+    """Elu, or Selu where both sides have one scale; torch has no function that scales the input."""
+    return op.Elu(x, alpha=alpha) if scale == 1.0 else op.Selu(x, alpha=alpha, gamma=scale)
+
+
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.fraqat.fake_quantize.default: _fake_quantize,
     torch.ops.fraqat.fake_quantize_bias.default: _fake_quantize_bias,
     torch.ops.aten.linear.default: _linear,
     torch.ops.aten.clamp.default: _clamp,
+    torch.ops.aten.softmax.int: _softmax,
+    torch.ops.aten.softplus.default: _softplus,
+    torch.ops.aten.elu.default: _elu,
 }
 
 
@@ -177,21 +200,17 @@ def _translation_error(error: Exception, program: ExportedProgram) -> PassError:
     node = next((found[1] for cause in causes[1:] if (found := re.search(r"translating node %(\w+)", str(cause)))), "")
     op_name = next((found[0] for cause in causes if (found := re.search(r"\b(aten|prims)\.\w+", str(cause)))), "an op")
     return PassError(
-        f"{op_name} (node {node}{_user_line(program, node)}) has no ONNX form: {first_line(causes[-1])}.",
+        f"{op_name} (node {node}{_line_of_part(program, node)}) has no ONNX form: {first_line(causes[-1])}.",
         "Write it with other torch ops, or keep this part outside the model.",
     )
 
 
-def _user_line(program: ExportedProgram, name: str) -> str:
-    """` at model.py:3`, the innermost frame of the user's code; empty when unknown.
-
-    The failed node may be a part of the program's: `_linalg_svd` of `linalg_svd`.
-    """
+def _line_of_part(program: ExportedProgram, name: str) -> str:
+    """The user's line of a node that may be a part of the program's: `_linalg_svd` of `linalg_svd`."""
     origins = [node for node in program.graph.nodes if node.op == "call_function" and node.name.strip("_") in name]
     for node in sorted(origins, key=lambda node: len(node.name), reverse=True):
-        frames = re.findall(r'File "[^"]*?([^"/]+)", line (\d+)', node.meta.get("stack_trace") or "")
-        if frames:
-            return f" at {frames[-1][0]}:{frames[-1][1]}"
+        if user_line(node):
+            return user_line(node)
     return ""
 
 
@@ -201,16 +220,16 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}".rstrip(".")
 
 
-def detach_values(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+def detach_values(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
     """Take the weights out of a model; they become inputs, which no later step can fold or copy.
 
     Returns:
-        Name of the input -> its values, which refer to torch's tensors.
+        Each such input, whose name may still change, and its values, which refer to torch's tensors.
     """
-    values = {}
+    values = []
     for name, value in list(model.graph.initializers.items()):
         assert value.const_value is not None
-        values[name] = value.const_value
+        values.append((value, value.const_value))
         value.const_value = None
         del model.graph.initializers[name]
         model.graph.inputs.append(value)
@@ -253,6 +272,12 @@ def refuse_foreign_ops(model: ir.Model) -> None:
         PassError: naming the first that does not.
     """
     for node in model.graph:
+        if node.op_type in _UNSTORABLE or node.op_type.startswith("Sequence"):
+            path = module_path_of(node)
+            raise PassError(
+                f"an op of {path or 'the model'} became {node.op_type}, which cannot be quantized.",
+                "Write it with other torch ops, or keep this part outside the model.",
+            )
         if node.domain not in ONNX_DOMAINS:
             raise PassError(
                 f"{node.name} became {node.domain}::{node.op_type}, which is no ONNX op.",

@@ -20,8 +20,8 @@ _aten = torch.ops.aten
 class DecomposeActivations(FxPass):
     """Write activation functions out that ONNX has no single op for, so that each of their tensors gets a quantizer.
 
-    Before: `silu(x)`, `mish(x)`, `glu(x)`. After: `x * sigmoid(x)`, `x * tanh(softplus(x))`, `a * sigmoid(b)` of the
-    two halves of x. Does nothing to other functions.
+    Before: `silu(x)`, `mish(x)`, `glu(x)`, `logsigmoid(x)`. After: `x * sigmoid(x)`, `x * tanh(softplus(x))`,
+    `a * sigmoid(b)` of the two halves of x, `-softplus(-x)`. Does nothing to other functions.
     """
 
     name: ClassVar[str] = "decompose-activations"
@@ -60,4 +60,14 @@ def _glu(node: Node) -> Node:
     return fx_graph.call(node, _aten.mul.Tensor, (first, fx_graph.call(node, _aten.sigmoid.default, (second,))))
 
 
-_DECOMPOSITIONS: dict[str, Callable[[Node], Node]] = {"aten.silu": _silu, "aten.mish": _mish, "aten.glu": _glu}
+def _log_sigmoid(node: Node) -> Node:
+    softplus = fx_graph.call(node, _aten.softplus.default, (fx_graph.call(node, _aten.neg.default, (node.args[0],)),))
+    return fx_graph.call(node, _aten.neg.default, (softplus,))
+
+
+_DECOMPOSITIONS: dict[str, Callable[[Node], Node]] = {
+    "aten.silu": _silu,
+    "aten.mish": _mish,
+    "aten.glu": _glu,
+    "aten.log_sigmoid": _log_sigmoid,
+}

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fraqat_compiler import lazy_values, onnx_translate, qdq, quantizer
-from fraqat_compiler.capture import describe_inputs
+from fraqat_compiler.capture import describe_inputs, user_line
 from fraqat_compiler.errors import PassError
 from fraqat_compiler.fake_quant import ActivationFakeQuantize
 from fraqat_compiler.pass_base import IR, Pass, PassContext, PassResult
@@ -44,6 +44,7 @@ class ExportOnnx(Pass):
         if self.opset not in OPSETS:
             raise PassError(f"opset {self.opset} is not offered.", f"Choose {' or '.join(map(str, OPSETS))}.")
         _refuse_unstorable(model)
+        _refuse_other_floats(model)
         program = _program(model, ctx)
         translated = onnx_translate.translate(program, self.opset)
         values = onnx_translate.detach_values(translated)
@@ -51,9 +52,10 @@ class ExportOnnx(Pass):
         onnx_translate.refuse_foreign_ops(translated)
         _name_outputs(translated, program)
         graph = gs.import_onnx(shape_inference.infer_shapes(_to_proto(translated)))
-        _attach_values(graph, values)
+        _attach_values(graph, {value.name: tensor for value, tensor in values})
         _finish_quantizers(graph)
         _make_reshapes_static(graph)
+        _drop_zero_biases(graph)
         qdq.finish(graph)
         _tidy_nodes(graph)
         return PassResult(graph, modified=True, changes=(f"wrote {len(graph.nodes)} ONNX nodes",))
@@ -68,6 +70,18 @@ def _refuse_unstorable(model: GraphModule) -> None:
         if spec.bit_width not in (8, 16) or spec.dynamic:
             kind = "ranges per token" if spec.dynamic else f"{spec.bit_width:g}-bit activations"
             raise PassError(f"{name} has {kind}, which no QDQ file can hold.", "Use static 8- or 16-bit activations.")
+
+
+def _refuse_other_floats(model: GraphModule) -> None:
+    """QuantizeLinear and its scales have one float type, and so has the graph."""
+    for node in model.graph.nodes:
+        leaves = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
+        other = next((leaf.dtype for leaf in leaves if leaf.is_floating_point() and leaf.dtype != torch.float32), None)
+        if other is not None:
+            raise PassError(
+                f"{node.name}{user_line(node)} is {str(other).removeprefix('torch.')}; the graph computes in float32.",
+                "Call .float() on the model and its inputs, and leave casts to other float types out of forward().",
+            )
 
 
 # The graph as a torch program
@@ -132,7 +146,7 @@ def _to_proto(model: ir.Model) -> Any:
     return ir.to_proto(model)
 
 
-def _attach_values(graph: gs.Graph, values: dict[str, ir.TensorProtocol]) -> None:
+def _attach_values(graph: gs.Graph, values: dict[str | None, ir.TensorProtocol]) -> None:
     """Turn the inputs that stand for weights into constants that know where their values lie."""
     stand_ins = [tensor for tensor in graph.inputs if tensor.name in values]
     graph.inputs = [tensor for tensor in graph.inputs if tensor.name not in values]
@@ -219,6 +233,14 @@ def _make_reshapes_static(graph: gs.Graph) -> None:
             continue
         node.inputs[1] = shapes.get("shape_" + "x".join(map(str, shape)), np.array(shape, dtype=np.int64))
         node.attrs.pop("allowzero", None)
+
+
+def _drop_zero_biases(graph: gs.Graph) -> None:
+    """A convolution without a bias gets float zeros from the exporter, which would be its only float operand."""
+    for node in graph.nodes:
+        has_bias = node.op in ("Conv", "ConvTranspose") and len(node.inputs) > 2 and qdq.is_constant(node.inputs[2])
+        if has_bias and not lazy_values.values_of(node.inputs[2]).any():
+            del node.inputs[2]
 
 
 def _tidy_nodes(graph: gs.Graph) -> None:

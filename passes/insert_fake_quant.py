@@ -343,6 +343,8 @@ class _Insertion:
         needs_weight = weighted is not None and argument(node, weighted.weight) is not None
         if needs_weight and weight is None:
             return self._weight_reason(node, weighted)
+        if ops.op_class(node) == "other" and any(map(_is_float_constant, node.all_input_nodes)):
+            return f"nothing is known of the constants of {op_name(node)}", False
         deferred = any(self._defers(node, user) for user in node.users)
         if is_float_tensor(node) and node not in self.quantizer_of and not deferred:
             return f"no quantized input reaches this {op_name(node)}", False
@@ -364,6 +366,10 @@ class _Insertion:
         names = {self.quantizer_of[source] for source in node.all_input_nodes if source in self.quantizer_of}
         modules = [self.model.get_submodule(name) for name in names]
         return max((module.spec.bit_width for module in modules if isinstance(module, FakeQuantize)), default=None)
+
+
+def _is_float_constant(node: Node) -> bool:
+    return node.op == "get_attr" and is_float_tensor(node)
 
 
 def _scale_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
