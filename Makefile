@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED) ## Compile the digits diffusion transformer to W4A8 for the Snapdragon 8 Elite
-	$(BIN)/fraqat compile examples/digits_dit/job.py -o $(OUT)/demo --target 'htp{soc=sm8750}'
+	$(BIN)/fraqat compile examples/digits_dit/job.py -o $(OUT)/demo --target 'htp{soc=sm8750}' --steps 150
 
 test: lint types unit ## Run every check that CI runs
 
