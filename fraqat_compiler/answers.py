@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fraqat_compiler.errors import FraqatError
+from fraqat_compiler.errors import FraqatError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,6 +100,8 @@ def _tell(error: BaseException, debug: bool) -> int:
         traceback.print_exception(error)
     elif isinstance(error, KeyboardInterrupt):
         _say("interrupted.", error)
+    elif isinstance(error, UsageError):
+        _say(f"error: {error}")  # which pass of which pipeline noticed it is no help to correct a flag
     elif isinstance(error, FraqatError):
         _say(f"error: {error}", error)
     else:
@@ -111,5 +113,5 @@ def _tell(error: BaseException, debug: bool) -> int:
     return error.exit_status if isinstance(error, FraqatError) else FAILED
 
 
-def _say(text: str, error: BaseException) -> None:
-    print("\n  ".join([text, *getattr(error, "__notes__", [])]), file=sys.stderr)
+def _say(text: str, noted: BaseException | None = None) -> None:
+    print("\n  ".join([text, *getattr(noted, "__notes__", [])]), file=sys.stderr)

@@ -213,7 +213,7 @@ class _Origin:
         except FraqatError:
             raise
         except (Exception, SystemExit) as error:  # the user's code may raise anything, or leave
-            cause = f"{type(error).__name__}: {error}".rstrip(": ")
+            cause = f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0].rstrip(":. ")
             raise JobError(f"{self.text}: {cause}{_user_line(error)}.") from error
 
     def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:

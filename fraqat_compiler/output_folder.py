@@ -23,6 +23,7 @@ BOOKKEEPING = (MANIFEST_FILE, LOCK_FILE, STAGING, RESULTS_FILE, CHECKPOINTS, REP
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would exceed the limit on its size",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "it may not be written",
     errno.EPERM: "it may not be written",
