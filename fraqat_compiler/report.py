@@ -177,7 +177,7 @@ def _png(name: str, array: Any) -> str:
             "Return uint8, (height, width) or (height, width, 3).",
         )
     buffer = io.BytesIO()
-    imsave(buffer, pixels, format="png", cmap="gray" if grey else None, vmin=0, vmax=255)
+    imsave(buffer, np.stack([pixels] * 3, axis=-1) if grey else pixels, format="png")
     return _data_uri(buffer.getvalue(), "image/png")
 
 

@@ -19,7 +19,7 @@ SHOWN_OPS = 20
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], texts: int = 1) -> Table:
     """A table whose first `texts` columns are words and whose others are figures."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD)
+    made = Table(title=Text(title, "bold"), title_justify="left", header_style="dim", box=box.SIMPLE_HEAD)
     made.show_header = any(columns)
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index < texts else "right", overflow="fold")
