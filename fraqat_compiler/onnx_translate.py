@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from onnx import TensorProto
 from onnx_ir.passes import common as ir_passes
 from onnxscript import optimizer
+from onnxscript.function_libs.torch_lib.ops.core import aten_index
 from torch.export import ExportedProgram
 
 import fraqat_compiler.quantizer  # noqa: F401  # registers the ops that are translated below
@@ -96,7 +97,7 @@ def _linear(x: Value, weight: Value, bias: Value = None) -> Value:
     return op.Reshape(_gemm(flat, weight, bias), op.Constant(value_ints=[*rows, weight.shape[0]]))
 
 
-def _product(sizes: list[int]) -> int:
+def _product(sizes: Iterable[int]) -> int:
     result = 1
     for size in sizes:
         result *= size
@@ -133,6 +134,36 @@ def _elu(x: Value, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 
     return op.Elu(x, alpha=alpha) if scale == 1.0 else op.Selu(x, alpha=alpha, gamma=scale)
 
 
+def _index(x: Value, indices: Sequence[Value | None]) -> Value:
+    """Gathers where each index picks along a dimension of its own: `x[:, i]`, rows and columns `x[i[:, None], j]`.
+
+    Hardware refuses the exporter's GatherND, or computes it wrongly.
+    """
+    given = {position: index for position, index in enumerate(indices) if index is not None}
+    positions = list(given)
+    if len(positions) == 1:
+        return op.Gather(x, given[positions[0]], axis=positions[0])
+    shapes = [tuple(index.shape) for index in given.values()]
+    shape = _outer_shape(shapes) if positions[-1] - positions[0] == len(positions) - 1 else None
+    if shape is None:
+        return aten_index(x, indices)
+    result = x
+    for position, size in zip(positions, map(_product, shapes), strict=True):
+        result = op.Gather(result, op.Reshape(given[position], op.Constant(value_ints=[size])), axis=position)
+    full = [*x.shape[: positions[0]], *shape, *x.shape[positions[-1] + 1 :]]
+    return op.Reshape(result, op.Constant(value_ints=full))
+
+
+def _outer_shape(shapes: list[tuple[int, ...]]) -> list[int] | None:
+    """What index shapes broadcast to when each has dimensions of its own, in order; None when they share some."""
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    own = [[dimension for dimension, size in enumerate(shape) if size != 1] for shape in padded]
+    if [dimension for dimensions in own for dimension in dimensions] != sorted(set().union(*own)):
+        return None
+    return [max(sizes) for sizes in zip(*padded, strict=True)]
+
+
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.fraqat.fake_quantize.default: _fake_quantize,
     torch.ops.fraqat.fake_quantize_bias.default: _fake_quantize_bias,
@@ -141,6 +172,8 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.softmax.int: _softmax,
     torch.ops.aten.softplus.default: _softplus,
     torch.ops.aten.elu.default: _elu,
+    torch.ops.aten.index.Tensor: _index,
+    torch.ops.aten._unsafe_index.Tensor: _index,
 }
 
 

@@ -18,6 +18,7 @@ from fraqat_compiler.target import Finding
 from fraqat_compiler.targets.model_file import read_model
 
 LARGEST_MASK = 1e4
+FLAT_SOFTMAX = 0.1  # end of the output's range; below it results are too large by 3 % (0.1) to 70 % (0.002)
 # (coordinate_transformation_mode, nearest_mode), and ONNX's defaults of both
 _WRONG_RESIZES = frozenset({("half_pixel", "floor"), ("half_pixel", "ceil"), ("asymmetric", "round_prefer_ceil")})
 _RESIZE_DEFAULTS = ("half_pixel", "round_prefer_floor")
@@ -86,12 +87,31 @@ def _wide_tanh(node: gs.Node) -> bool:
     return not (shape is not None and len(shape) == 2 and shape[0] == 1)
 
 
+def _flat_softmax(node: gs.Node) -> bool:
+    quantizers = [reader for reader in node.outputs[0].outputs if reader.op == qdq.QUANTIZE]
+    if node.op != "Softmax" or _reads_16_bits(node) or not quantizers:
+        return False
+    is_narrow = qdq.code_type(quantizers[0]) == np.uint8 and qdq.is_scalar(quantizers[0])
+    return is_narrow and float(lazy_values.values_of(quantizers[0].inputs[1])) * 255 < FLAT_SOFTMAX
+
+
 def _wide_logarithm(node: gs.Node) -> bool:
     return node.op == "Log" and _reads_16_bits(node)
 
 
 def _reads_16_bits(node: gs.Node) -> bool:
     return any(qdq.code_type(source) == np.uint16 for source in _dequantizers(node) if len(source.inputs) > 2)
+
+
+def _narrow_cumsum(node: gs.Node) -> bool:
+    """Right along the last dimension, at 16 bits, and where zero_point is 0."""
+    if node.op != "CumSum" or not qdq.is_constant(node.inputs[1]):
+        return False
+    source, shape = qdq.made_by(node.inputs[0], qdq.DEQUANTIZE), node.inputs[0].shape
+    if source is None or shape is None or qdq.code_type(source) != np.uint8:
+        return False
+    axis = int(lazy_values.values_of(node.inputs[1])) % len(shape)
+    return axis != len(shape) - 1 and bool(lazy_values.values_of(source.inputs[2]))
 
 
 def _nearest_resize(node: gs.Node) -> bool:
@@ -129,6 +149,11 @@ def _least_code(dequantizer: gs.Node) -> float:
 
 _RULES = (
     _Rule(
+        _narrow_cumsum,
+        "CumSum at 8 bits is garbage where the zero point is not 0, except along the last dimension",
+        "Transpose so that it runs along the last dimension, or give it 16-bit activations: --activations 8,NAME=16.",
+    ),
+    _Rule(
         _int4_without_zero_point,
         "INT4 weights without a zero point are computed as if they had 8 bits",
         "Write the zero point, a tensor of zeros of the weight's type.",
@@ -142,6 +167,11 @@ _RULES = (
         _wide_tanh,
         "Tanh at 16 bits is garbage at many shapes that are not flat",
         "Reshape to [1, N] around it, or use 8 bits there.",
+    ),
+    _Rule(
+        _flat_softmax,
+        "Softmax at 8 bits is too large where no probability comes near 1",
+        "Quantize its result, or what it reads, at 16 bits.",
     ),
     _Rule(_wide_logarithm, "Log at 16 bits is garbage where a result leaves its range", "Use 8 bits there."),
     _Rule(
