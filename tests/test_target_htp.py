@@ -218,6 +218,9 @@ def test_specs_are_what_the_library_takes() -> None:
     assert target.quant_spec(request("embedding")) == QuantSpec(bit_width=8)
     assert target.quant_spec(request("conv", 8, depthwise=True)) == QuantSpec(bit_width=4, axis=0)
     assert target.quant_spec(request("conv", 16, depthwise=True)) == QuantSpec(bit_width=8, axis=0)
+    for keys, bits in ((16, 8), (17, 16)):
+        probabilities = target.quant_spec(TensorRequest("softmax", "activation", (1, 4, keys, keys), 8, 8))
+        assert probabilities == QuantSpec(bit_width=bits, symmetric=False, signed=False)
     gamma = target.quant_spec(TensorRequest("norm", "norm_weight", (16,), 16, 16))
     assert gamma == QuantSpec(bit_width=8, symmetric=False, signed=False)
 
@@ -334,6 +337,12 @@ def tanh(path: Path, *, right: bool) -> Path:
     return b.save(path, shape, b.qdq(b.op("Tanh", [b.qdq(shifted, -3, 3, 16)], "op"), -1, 1, 16))
 
 
+def softmax(path: Path, *, right: bool) -> Path:
+    b = Builder()
+    result = b.op("Softmax", [b.qdq("x", -1, 1)], "op", axis=-1)
+    return b.save(path, [1, 16, 256], b.qdq(result, 0, 0.0095, 16 if right else 8))
+
+
 def logarithm(path: Path, *, right: bool) -> Path:
     bits = 8 if right else 16
     b = Builder()
@@ -362,6 +371,7 @@ def mask(path: Path, least: float) -> Path:
         (gemm, (-3, 3), 8 / 255, "INT4 weights without a zero point"),
         (root, (0.02, 0.1), 10 / 65535, "Sqrt then Reciprocal"),
         (tanh, (-2.8, 2.8), 2 / 65535, "Tanh at 16 bits"),
+        (softmax, (-1, 1), 0.0095 / 255, "Softmax at 8 bits"),
         (logarithm, (0.1, 10), 3 / 255, "leaves its range"),
         (resize, (-3, 3), 6 / 255, "nearest-neighbour"),
     ],
