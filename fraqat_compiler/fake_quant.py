@@ -224,7 +224,9 @@ class ActivationFakeQuantize(FakeQuantize):
             return
         if observer is None or not observer.seen:
             raise QuantizationError("an activation saw no calibration data.", "Calibrate with at least one batch.")
-        self.set_range(*observer.range(self.spec))
+        known = self.spec.range_max
+        low, high = observer.range(self.spec) if known is None else (torch.tensor(0.0), torch.tensor(known))
+        self.set_range(low, high)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Fix scale and zero_point to the grid over [low, high] (scalars)."""

@@ -72,13 +72,13 @@ _OP_CLASS_OF: dict[str, str] = {
         for name in ("add", "sub", "rsub", "mul", "div", "where", "masked_fill", "maximum")
     },
     **{f"aten.{name}": "concat" for name in ("cat", "stack")},
-    **{f"aten.{name}": "softmax" for name in ("softmax", "_softmax", "log_softmax", "_log_softmax")},
+    **{f"aten.{name}": "softmax" for name in ("softmax", "_softmax")},
     **{
         f"aten.{name}": "activation"
         for name in (
             "gelu silu sigmoid tanh relu relu6 hardtanh hardswish hardsigmoid leaky_relu elu celu selu prelu mish "
             "softplus softsign logsigmoid clamp clamp_min clamp_max glu exp log sqrt rsqrt reciprocal pow abs neg "
-            "sin cos"
+            "sin cos log_softmax _log_softmax"
         ).split()
     },
     **{f"aten.{name}": "reduction" for name in ("mean", "sum", "amax", "amin", "avg_pool1d", "avg_pool2d")},

@@ -48,6 +48,7 @@ class QuantSpec:
         group_size: elements along the last dimension that share a scale (per group); None is no grouping.
         dynamic: the range is taken anew from every input, one per token (last dimension); simulation only.
         range_method: how calibration turns what it saw into a range.
+        range_max: an activation's grid spans [0, range_max] whatever calibration saw; None lets calibration say.
     """
 
     bit_width: float = 8.0
@@ -57,6 +58,7 @@ class QuantSpec:
     group_size: int | None = None
     dynamic: bool = False
     range_method: RangeMethod = "minmax"
+    range_max: float | None = None
 
     def __post_init__(self) -> None:
         code_range(self.bit_width, signed=self.signed)

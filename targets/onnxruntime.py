@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import statistics
 import tempfile
@@ -16,7 +17,8 @@ import onnxruntime as ort
 
 from fraqat_compiler.errors import OutputError, TargetError
 from fraqat_compiler.pipeline_text import to_text
-from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target
+from fraqat_compiler.quant_spec import QuantSpec, Unquantized
+from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target, TensorRequest
 from fraqat_compiler.targets.model_file import data_files, read_model
 from fraqat_compiler.targets.node_probe import plain, refusals
 from fraqat_compiler.targets.op_times import op_times
@@ -29,6 +31,8 @@ WARM_UP_RUNS = 3
 TIMED_RUNS = 30
 TIMED_SECONDS = 3.0
 FEWEST_RUNS = 5
+
+HIGHEST_PROBABILITY = 255 / 256  # the kernel gives the highest code to 1.0 where the step is 1/256
 
 _LEVELS: dict[Level, ort.GraphOptimizationLevel] = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -54,6 +58,17 @@ class OnnxRuntimeTarget(Target):
     optimization: Level = "all"
     offline: bool = False
     threads: int = 0
+
+    def quant_spec(self, request: TensorRequest) -> QuantSpec | Unquantized:
+        """The default's, and 8-bit probabilities in steps of 1/256 whatever calibration saw.
+
+        QLinearSoftmax, which replaces Softmax between 8-bit quantizers, does not saturate: a probability above the
+        calibrated range wraps around to a small one.
+        """
+        spec = super().quant_spec(request)
+        if isinstance(spec, Unquantized) or (request.role, request.op) != ("activation", "softmax"):
+            return spec
+        return dataclasses.replace(spec, range_max=HIGHEST_PROBABILITY) if spec.bit_width == 8 else spec
 
     def check(self, model: Path) -> list[Finding]:
         """Ask ONNX Runtime: first about the whole model, then, where it refuses, about each node."""
