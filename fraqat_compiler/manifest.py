@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fraqat_compiler.errors import VerificationError
-from fraqat_compiler.output_folder import BOOKKEEPING, MANIFEST_FILE
+from fraqat_compiler.output_folder import BOOKKEEPING, MAKER, MANIFEST_FILE
 
 PACKAGES = (
     "fraqat_compiler",
@@ -32,6 +32,7 @@ def write_manifest(folder: Path, report: dict[str, Any]) -> None:
     """Write the manifest of what `folder` holds."""
     content = {
         "schema_version": 1,
+        "made_by": MAKER,
         "files": {
             name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in _files(folder)
         },

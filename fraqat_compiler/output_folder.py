@@ -13,6 +13,7 @@ from typing import IO
 
 from fraqat_compiler.errors import OutputError
 
+MAKER = "fraqat_compiler"  # as the manifest says, so that another tool's is not taken for ours
 MANIFEST_FILE = "manifest.json"
 LOCK_FILE = ".fraqat.lock"
 STAGING = ".fraqat.staging"
@@ -133,6 +134,6 @@ class OutputFolder:
 def _is_manifest(path: Path) -> bool:
     """Whether a file is the manifest of a compile, and not another tool's of that name."""
     try:
-        return "fraqat_compiler" in json.loads(path.read_text(encoding="utf-8"))["packages"]
+        return bool(json.loads(path.read_text(encoding="utf-8"))["made_by"] == MAKER)
     except (OSError, ValueError, KeyError, TypeError):
         return False
