@@ -38,6 +38,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "fold-fake-quant": "fraqat_compiler.passes.fold_fake_quant:FoldFakeQuant",
         "share-qdq": "fraqat_compiler.passes.share_qdq:ShareQdq",
         "quantize-constants": "fraqat_compiler.passes.quantize_constants:QuantizeConstants",
+        "expand-constants": "fraqat_compiler.passes.expand_constants:ExpandConstants",
         "pack-int4": "fraqat_compiler.passes.pack_int4:PackInt4",
     },
     "targets": {

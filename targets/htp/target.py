@@ -98,6 +98,9 @@ class HtpTarget(Target):
             return dataclasses.replace(spec, bit_width=max(spec.bit_width, 8))
         return spec
 
+    def lower_pipeline(self) -> str:
+        return super().lower_pipeline().replace("pack-int4", "expand-constants,pack-int4")
+
     def check(self, model: Path) -> list[Finding]:
         """Ask the library itself: it prepares the whole graph, and names what it refuses."""
         self._require()
