@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fraqat_compiler import fx_graph
+from fraqat_compiler import fx_graph, quantizer
 from fraqat_compiler.errors import DataError
-from fraqat_compiler.fake_quant import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
+from fraqat_compiler.fake_quant import ActivationFakeQuantize, BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
 
 Batch = tuple[Any, ...] | list[Any] | Mapping[str, Any] | torch.Tensor
 
@@ -55,6 +55,7 @@ def calibrate(graph: GraphModule, batches: Iterable[Batch], on_batch: Callable[[
             raise DataError("the calibration data is empty.", "Let calibration_data() yield at least one batch.")
         for module in activations.values():
             module.finish_calibration()
+    leave_room_for_biases(graph)
     update_weight_ranges(graph)
     return count
 
@@ -90,3 +91,18 @@ def update_weight_ranges(graph: GraphModule) -> None:
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, WeightFakeQuantize) and not module.frozen:
             module.update_range(fx_graph.get_tensor(graph, str(node.args[0].target)).detach())
+
+
+@torch.no_grad()
+def leave_room_for_biases(graph: GraphModule) -> None:
+    """Raise the least scale of weights under which an int32 bias would saturate, to where it takes half the codes."""
+    for node in graph.graph.nodes:
+        if node.op != "call_module" or not isinstance(graph.get_submodule(str(node.target)), BiasFakeQuantize):
+            continue
+        bias, input_scale, weight_scale = (fx_graph.get_tensor(graph, str(argument.target)) for argument in node.args)
+        weight = graph.get_submodule(str(node.args[2].target).removesuffix(".scale"))
+        assert isinstance(weight, WeightFakeQuantize)
+        needed, wanted = (quantizer.least_weight_scale(bias, input_scale, headroom) for headroom in (1.01, 2.0))
+        if not weight_scale.ndim:
+            needed, wanted = needed.amax(), wanted.amax()
+        weight.least_scale = torch.where(needed > weight.least_scale, wanted, weight.least_scale)

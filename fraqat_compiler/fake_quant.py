@@ -88,15 +88,18 @@ class WeightFakeQuantize(FakeQuantize):
     Attributes:
         clip_ratio: float32 buffer, shaped like `scale`: those ratios.
         fitted_bit_width: width that they were found at; None before. Another width has them found anew.
+        least_scale: float32 buffer, shaped like `scale`: no symmetric scale falls below it.
     """
 
     clip_ratio: Tensor
+    least_scale: Tensor
 
     def __init__(self, spec: QuantSpec, role: Role, scale_shape: tuple[int, ...] = ()) -> None:
         super().__init__(spec, role, scale_shape)
         self.frozen = False
         self.fitted_bit_width: float | None = None
         self.register_buffer("clip_ratio", torch.ones(scale_shape))
+        self.register_buffer("least_scale", torch.zeros(scale_shape))
 
     def to_config(self) -> dict[str, Any]:
         return super().to_config() | {"frozen": self.frozen}
@@ -138,13 +141,14 @@ class WeightFakeQuantize(FakeQuantize):
             self._fit_clip_ratio(weight)
         if spec.symmetric:
             magnitude = quantizer.reduced_magnitude(weight, spec.axis, spec.group_size)
-            scale = quantizer.symmetric_scale(magnitude, spec.bit_width)
+            scale = quantizer.symmetric_scale(magnitude, spec.bit_width, self.least_scale)
         else:
             low, high = quantizer.reduced_range(weight, spec.axis, spec.group_size)
             scale, zero_point = quantizer.asymmetric_parameters(low, high, spec)
             self.zero_point = zero_point
-        clipped = scale * self.clip_ratio if spec.range_method == "mse" else scale
-        self.scale = clipped.to(torch.float32)
+        if spec.range_method == "mse":
+            scale = torch.maximum(scale * self.clip_ratio, self.least_scale)
+        self.scale = scale.to(torch.float32)
 
     def _fit_clip_ratio(self, weight: Tensor) -> None:
         """For each scale the ratio in CLIP_RATIOS that gives the least squared error."""

@@ -82,9 +82,13 @@ def _usable(scale: Tensor) -> Tensor:
     return scale.masked_fill(scale < SMALLEST_SCALE, 1.0)
 
 
-def symmetric_scale(magnitude: Tensor, bit_width: float) -> Tensor:
-    """S = max|W| / (2^(b-1) - 1), Eq. 1 of FraQAT (arXiv 2510.14823), b real. An all-zero row gets scale 1."""
-    return _usable(magnitude / (2.0 ** (bit_width - 1) - 1))
+def symmetric_scale(magnitude: Tensor, bit_width: float, least: Tensor | None = None) -> Tensor:
+    """S = max|W| / (2^(b-1) - 1), Eq. 1 of FraQAT (arXiv 2510.14823), b real, and no less than `least`.
+
+    An all-zero row gets `least`, or scale 1 where that is 0.
+    """
+    scale = magnitude / (2.0 ** (bit_width - 1) - 1)
+    return _usable(scale if least is None else torch.maximum(scale, least))
 
 
 def asymmetric_parameters(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -320,6 +324,14 @@ def round_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tenso
 def bias_scale(input_scale: Tensor, weight_scale: Tensor) -> Tensor:
     """Scale of an int32 bias, float32: input_scale * weight_scale."""
     return _usable(input_scale * weight_scale)
+
+
+def least_weight_scale(bias: Tensor, input_scale: Tensor, headroom: float = 1.0) -> Tensor:
+    """Weight scales (C,) at which |bias| takes 1 / headroom of the int32 codes; below that of 1 it would saturate.
+
+    Rows of next to no weight, as BatchNorm's dead channels leave them, would otherwise lose their bias.
+    """
+    return bias.abs().mul(headroom / 2.0**31).div(input_scale)
 
 
 def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:

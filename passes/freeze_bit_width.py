@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from fraqat_compiler import fx_graph
+from fraqat_compiler.calibration import leave_room_for_biases
 from fraqat_compiler.errors import QuantizationError
 from fraqat_compiler.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
@@ -26,6 +27,7 @@ class FreezeBitWidth(FxPass):
 
     def run(self, model: GraphModule, ctx: PassContext) -> PassResult:
         changes = []
+        leave_room_for_biases(model)
         for node in model.graph.nodes:
             if node.op != "call_module":
                 continue
