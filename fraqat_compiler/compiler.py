@@ -7,7 +7,6 @@ verify -> profile.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import random
 import resource
@@ -26,7 +25,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fraqat_compiler import fx_graph, onnx_io, parity
+from fraqat_compiler import fx_graph, onnx_io, parity, survival
 from fraqat_compiler.calibration import Batch, calibrate, run_batch
 from fraqat_compiler.capture import Tracer, capture
 from fraqat_compiler.errors import DataError, TargetError, UsageError
@@ -191,6 +190,8 @@ class _Compilation:
         with self._phase("lower"):
             graph = self._lower(student, record=True)
         model_path = self._save(graph)
+        if history is None:
+            self._check(model_path)
         samples = batches[:PARITY_SAMPLES]
         with self._phase("compile"):
             artifact = self.target.compile(model_path, self.folder.staging)
@@ -212,7 +213,7 @@ class _Compilation:
     def _insert(self, captured: GraphModule) -> tuple[GraphModule, GraphModule]:
         """The float graph that teaches, and the same with fake quants; they share every tensor."""
         prepared = self._run_passes(self.target.prepare_pipeline(), captured)
-        student = GraphModule(prepared, copy.deepcopy(prepared.graph))
+        student = fx_graph.shared_copy(prepared)
         return prepared, self._run_passes(to_text(self._insert_pass()), student)
 
     def _insert_pass(self) -> InsertFakeQuant:
@@ -252,8 +253,7 @@ class _Compilation:
             return None
         ends = end_widths(student)
         schedule = self._schedule(ends, steps)
-        with self._phase("check"):
-            self._check_draft(student)
+        self._check_draft(student)
         _own_parameters(student)
         config = self._fine_tune_config(schedule, steps)
         with self._phase("fine-tune", steps):
@@ -284,14 +284,25 @@ class _Compilation:
         """Lower and check before the fine-tune: a limit of the hardware surfaces now and not after hours."""
         draft = self.folder.staging / "draft"
         draft.mkdir()
-        try:
-            graph = self._lower(student, record=False)
-            path = draft / MODEL_FILE
-            onnx_io.save(graph, path)
-            refuse(self.target.check(path), self.target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-            _thaw(student)
+        graph = self._lower(student, record=False)
+        path = draft / MODEL_FILE
+        onnx_io.save(graph, path)
+        self._check(path)
+        shutil.rmtree(draft)
+        _thaw(student)
+
+    def _check(self, model_path: Path) -> None:
+        with self._phase("check"):
+            findings = self.target.check(model_path)
+        for finding in findings:
+            if finding.log:
+                (self.folder.staging / f"{self.target.name}.log").write_text(finding.log, encoding="utf-8")
+        refuse(findings, self.target)
+        self.warnings += [
+            f"{self.target.name} computes {finding.node} ({finding.op}) wrongly: {finding.reason}. {finding.remedy}"
+            for finding in findings
+            if finding.verdict == "wrong"
+        ]
 
     def _lower(self, student: GraphModule, *, record: bool) -> gs.Graph:
         text = self.target.lower_pipeline()
@@ -330,6 +341,12 @@ class _Compilation:
             for name, runner in runners.items()
         }
         self._warn_of_distance(stages)
+        self.optimizers = survival.survey(model_path, [references[0][0]], scales)
+        self.warnings += [
+            f"{entry['name']} breaks the file: {entry['reason']}"
+            for entry in self.optimizers
+            if entry["outcome"] == "breaks"
+        ]
         _save_reference(self.folder.staging / REFERENCE_FILE, *references[0])
         return stages, references
 
@@ -384,6 +401,7 @@ class _Compilation:
             "phases": self.phases,
             "onnx": self._file_summary(student, model_path),
             "parity": {name: stage.to_json() for name, stage in stages.items()},
+            "optimizers": self.optimizers,
             "output_scales": self.output_scales,
             "target": {
                 "name": self.target.name,

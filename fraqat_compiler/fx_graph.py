@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import torch
@@ -31,6 +33,13 @@ def set_tensor(graph_module: GraphModule, name: str, tensor: Tensor) -> None:
         module.register_parameter(leaf, tensor)
     else:
         module.register_buffer(leaf, tensor)
+
+
+def shared_copy(graph_module: GraphModule) -> GraphModule:
+    """A graph of its own over the same tensors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's copy of its own tree specs warns of itself
+        return GraphModule(graph_module, copy.deepcopy(graph_module.graph))
 
 
 def constant_of(graph_module: GraphModule, node: Any) -> Tensor | None:

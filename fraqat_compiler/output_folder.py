@@ -20,7 +20,8 @@ STAGING = ".fraqat.staging"
 RESULTS_FILE = ".fraqat.results"
 CHECKPOINTS = "checkpoints"
 REPRODUCER = "reproducer"
-BOOKKEEPING = (MANIFEST_FILE, LOCK_FILE, STAGING, RESULTS_FILE, CHECKPOINTS, REPRODUCER)
+LOGS = "logs"
+BOOKKEEPING = (MANIFEST_FILE, LOCK_FILE, STAGING, RESULTS_FILE, CHECKPOINTS, REPRODUCER, LOGS)
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -36,7 +37,7 @@ class OutputFolder:
 
     Results are written to `staging` and moved to their place by `commit`, the manifest last: a folder with a manifest
     is whole. What an earlier compile left stays until then; files that no compile wrote stay for ever. Checkpoints are
-    the fine-tune's own, and outlive a compile that fails.
+    the fine-tune's own, and outlive a compile that fails; so do the logs (`*.log`) in its `staging`, moved to `logs`.
 
     Args:
         path: the folder; made when missing.
@@ -69,6 +70,7 @@ class OutputFolder:
                 f"{self.path} holds files that no compile wrote ({present[0]}, ...).", "Name a new or empty folder."
             )
         self._lock = self._locked()
+        shutil.rmtree(self.path / LOGS, ignore_errors=True)
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir()
 
@@ -113,11 +115,21 @@ class OutputFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._keep_logs(error)
         shutil.rmtree(self.staging, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS and self._concerns(error):
             raise self._refusal(error) from error
+
+    def _keep_logs(self, error: BaseException) -> None:
+        """What a library printed before it failed is the user's to read."""
+        for log in sorted(self.staging.rglob("*.log")):
+            kept = self.path / LOGS / log.name
+            kept.parent.mkdir(exist_ok=True)
+            os.replace(log, kept)
+            error.add_note(f"the log is in {kept}")
 
     def _concerns(self, error: OSError) -> bool:
         """A full disk may come without a name; a refusal elsewhere is another matter."""

@@ -51,6 +51,7 @@ class Finding:
         verdict: `runs`, `refused`, or `wrong` for what the hardware accepts but computes wrongly.
         reason: why, in words.
         remedy: what to do about it.
+        log: what the vendor's library printed, where it refused.
     """
 
     node: str
@@ -58,6 +59,7 @@ class Finding:
     verdict: Literal["runs", "refused", "wrong"]
     reason: str = ""
     remedy: str = ""
+    log: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Processes come from a fork server that has loaded torch once, so each costs a fr
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 import os
 import random
@@ -48,7 +47,7 @@ def build(seed: int = 0, **options: Any) -> tuple[GraphModule, GraphModule]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4))
     teacher = capture(model, (torch.randn(16, 8),))
-    student = InsertFakeQuant(**options).run(GraphModule(teacher, copy.deepcopy(teacher.graph)), PassContext()).model
+    student = InsertFakeQuant(**options).run(fx_graph.shared_copy(teacher), PassContext()).model
     for name, parameter in list(teacher.named_parameters()):
         fx_graph.set_tensor(student, name, nn.Parameter(parameter.detach().clone()))
     calibrate(student, [(torch.randn(16, 8),) for _ in range(4)])

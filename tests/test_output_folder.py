@@ -51,6 +51,17 @@ def test_a_failed_compile_leaves_the_results_of_the_one_before(tmp_path: Path) -
     assert changed_files(tmp_path) == []
 
 
+def test_the_logs_of_a_failure_are_kept_until_the_next_compile(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError) as caught, OutputFolder(tmp_path) as output:
+        (output.staging / "draft").mkdir()
+        (output.staging / "draft" / "htp.log").write_text("said the library")
+        raise ZeroDivisionError
+    assert (tmp_path / "logs" / "htp.log").read_text() == "said the library"
+    assert caught.value.__notes__ == [f"the log is in {tmp_path / 'logs' / 'htp.log'}"]
+    compile_into(tmp_path, model="m")
+    assert visible(tmp_path) == {"model", MANIFEST_FILE}
+
+
 def test_a_new_compile_replaces_the_results_and_nothing_else(tmp_path: Path) -> None:
     compile_into(tmp_path, model="first", htp_binary="b")
     (tmp_path / "notes.txt").write_text("mine")

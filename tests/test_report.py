@@ -56,6 +56,7 @@ def report() -> dict[str, Any]:
         "phases": [{"name": "capture", "seconds": 2.0, "peak_memory_bytes": 5e8}],
         "onnx": {"path": "model.onnx", "bytes": 1030, "expected_bytes": 1000, "opset": 21, "domains": ["ai.onnx"]},
         "parity": {"onnx_unoptimized": PARITY, "onnx_optimized": PARITY, "target": PARITY | {"max_lsb": None}},
+        "optimizers": [{"name": "onnxslim", "outcome": "breaks", "max_lsb": None, "reason": "a node is gone"}],
         "target": {"name": "htp", "text": "htp{soc=sm8750}", "artifact": "b.bin", "bytes": 5, "fallback_nodes": 0}
         | {"soc": "SM8750"},
         "profile": {"source": "simulator", "latency_ms": None, "peak_memory_bytes": None, "unit": "cycles"}
@@ -148,6 +149,7 @@ def test_the_page_shows_every_figure(report: dict[str, Any]) -> None:
         "blocks.0.up",
         "left out by <skip>",
         "look <here>",
+        "breaks: a node is gone",
         "1.03 kB",
         "+3.0",
         "75.0 %",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from onnx import ModelProto, NodeProto, shape_inference
@@ -24,10 +24,12 @@ class Refusal:
     Attributes:
         reason: in words.
         remedy: what to do about it.
+        log: what the library printed when it refused the whole graph.
     """
 
     reason: str
     remedy: str
+    log: str = field(default="", repr=False)
 
 
 def refusals(model: Path, options: Mapping[str, str], error: QnnError) -> dict[int, Refusal]:
@@ -55,7 +57,7 @@ def refusals(model: Path, options: Mapping[str, str], error: QnnError) -> dict[i
             f"the HTP compiler fails on {model.name} as a whole, though on no node alone: {reason}.", remedy_for(reason)
         )
     ranks = _ranks(graph)
-    found = {index: _refusal(graph.graph.node[index], ranks, reason) for index, reason in reasons.items()}
+    found = {index: _refusal(graph.graph.node[index], ranks, reason, error.log) for index, reason in reasons.items()}
     return dict(sorted(found.items(), key=lambda item: ("not supported" not in item[1].reason, item[0])))
 
 
@@ -80,9 +82,9 @@ def _reasons_in_log(graph: ModelProto, log: str) -> dict[int, str]:
     }
 
 
-def _refusal(node: NodeProto, ranks: Mapping[str, int], reason: str) -> Refusal:
+def _refusal(node: NodeProto, ranks: Mapping[str, int], reason: str, log: str) -> Refusal:
     rank = max((ranks.get(name, 0) for name in (*node.input, *node.output)), default=0)
-    return Refusal(reason, remedy_for(f"{node.op_type} rank={rank} {reason}"))
+    return Refusal(reason, remedy_for(f"{node.op_type} rank={rank} {reason}"), log)
 
 
 def _ranks(graph: ModelProto) -> dict[str, int]:

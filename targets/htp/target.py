@@ -246,7 +246,7 @@ def _refuse_dynamic_shapes(model: Path) -> None:
 
 def _finding(node: NodeProto, refusal: Refusal | None, wrong: Mapping[tuple[str, str], Finding]) -> Finding:
     if refusal is not None:
-        return Finding(node.name, node.op_type, "refused", refusal.reason, refusal.remedy)
+        return Finding(node.name, node.op_type, "refused", refusal.reason, refusal.remedy, refusal.log)
     return wrong.get((node.name, node.op_type)) or Finding(node.name, node.op_type, "runs")
 
 
