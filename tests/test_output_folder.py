@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fraqat_compiler.errors import OutputError, VerificationError
+from fraqat_compiler.errors import OutputError, TargetError, VerificationError
 from fraqat_compiler.manifest import changed_files, read_manifest, write_manifest
 from fraqat_compiler.output_folder import LOCK_FILE, MANIFEST_FILE, RESULTS_FILE, STAGING, OutputFolder
 
@@ -52,10 +52,14 @@ def test_a_failed_compile_leaves_the_results_of_the_one_before(tmp_path: Path) -
 
 
 def test_the_logs_of_a_failure_are_kept_until_the_next_compile(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError) as caught, OutputFolder(tmp_path) as output:
-        (output.staging / "draft").mkdir()
-        (output.staging / "draft" / "htp.log").write_text("said the library")
-        raise ZeroDivisionError
+    def fail() -> None:
+        with OutputFolder(tmp_path) as output:
+            (output.staging / "draft").mkdir()
+            (output.staging / "draft" / "htp.log").write_text("said the library")
+            raise TargetError("refused.")
+
+    with pytest.raises(TargetError) as caught:
+        fail()
     assert (tmp_path / "logs" / "htp.log").read_text() == "said the library"
     assert caught.value.__notes__ == [f"the log is in {tmp_path / 'logs' / 'htp.log'}"]
     compile_into(tmp_path, model="m")
