@@ -7,10 +7,13 @@ and source line it came from. The model is captured in eval mode and is not chan
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import re
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,12 +80,14 @@ def capture(
 
     Raises:
         DataError: the example inputs do not fit the model.
-        CaptureError: the model cannot be captured, or holds NaN or infinite weights; with the user's source line.
+        CaptureError: the model cannot be captured, holds NaN or infinite weights, or weights of another float type than
+            float32, or changes its buffers; with the user's source line.
     """
     if tracer not in TRACERS:
         raise UsageError(f"unknown tracer {tracer!r}.", f"Known: {', '.join(TRACERS)}.")
     kwargs = dict(kwargs or {})
     _refuse_broken_weights(model)
+    _refuse_other_floats(model, args, kwargs)
     with _eval_mode(model), torch.no_grad():
         _try_example_inputs(model, args, kwargs)
         traced = _symbolic_trace(model) if tracer == "symbolic_trace" else model
@@ -91,12 +96,14 @@ def capture(
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
     try:
-        program = torch.export.export(model, args, kwargs, strict=False)
+        with _quiet_export():
+            program = torch.export.export(model, args, kwargs, strict=False)
         _refuse_long_unrolling(program.graph_module)
         known = torch.export.default_decompositions()
         written_out: dict[Any, Any] = {op: known[op] for op in _CELLS}
         program = program.run_decompositions(written_out | dict(get_decompositions(_UNROLLED)))
         _refuse_unrepeatable(program.graph_module)
+        _refuse_state(program)
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises whatever the model's code raises
@@ -109,12 +116,31 @@ def _as_graph_module(program: torch.export.ExportedProgram) -> GraphModule:
     guards = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
     graph_module = program.module(**guards)
     assert isinstance(graph_module, GraphModule)
+    for write_back in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        graph_module.graph.erase_node(write_back)  # the caller's input, which forward() changed, is left alone
     for node in list(graph_module.graph.nodes):
         if node.op in ("get_attr", "call_module") and not node.users:
             graph_module.graph.erase_node(node)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
+
+
+@contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Drop what torch.export says beside its exception: half a graph on stderr, warnings of torch about itself.
+
+    What the user's forward() has to say was heard when it ran on the example inputs.
+    """
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _symbolic_trace(model: nn.Module) -> GraphModule:
@@ -142,6 +168,19 @@ def _refuse_broken_weights(model: nn.Module) -> None:
         if torch.isnan(tensor).any() or (isinstance(tensor, nn.Parameter) and torch.isinf(tensor).any()):
             raise CaptureError(
                 f"the model's tensor {name!r} holds NaN or infinite values.", "Load a checkpoint with finite weights."
+            )
+
+
+def _refuse_other_floats(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The simulation of the quantizers, and what the file computes between them, is float32."""
+    weights = [(f"the model's tensor {name!r}", tensor) for name, tensor in model.named_parameters()]
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    inputs = [(f"tensor {index} of the example inputs", leaf) for index, leaf in enumerate(leaves)]
+    for name, tensor in [*weights, *inputs]:
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise CaptureError(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}; a model is quantized from float32.",
+                "Call .float() on the model, and on what example_inputs() and the data functions yield.",
             )
 
 
@@ -200,6 +239,16 @@ def _refuse_unrepeatable(graph_module: GraphModule) -> None:
                 f"the size of what {op_name(node)} yields depends on values of tensors{user_line(node)}.",
                 "Replace it by torch.where or a mask of fixed size, or keep it outside the model.",
             )
+
+
+def _refuse_state(program: torch.export.ExportedProgram) -> None:
+    changed = program.graph_signature.buffers_to_mutate
+    if changed:
+        raise CaptureError(
+            f"forward() changes the model's tensor {next(iter(changed.values()))!r}; a compiled graph keeps no state "
+            "from one call to the next.",
+            "Take it as an input and return the new value as an output.",
+        )
 
 
 def _refuse_plain_outputs(output: Node) -> None:

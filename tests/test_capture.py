@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -106,6 +107,51 @@ def test_nan_weights_are_named() -> None:
         model[0].weight[0, 0] = float("nan")
     with pytest.raises(CaptureError, match=r"'0\.weight'"):
         capture(model, (torch.ones(1, 4),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_and_inputs_of_other_float_types_are_named(dtype: torch.dtype) -> None:
+    with pytest.raises(CaptureError, match=rf"'weight' is {str(dtype)[6:]}.*\.float\(\)"):
+        capture(nn.Linear(4, 4).to(dtype), (torch.ones(1, 4, dtype=dtype),))
+    with pytest.raises(CaptureError, match=rf"tensor 1 of the example inputs is {str(dtype)[6:]}"):
+        capture(nn.Bilinear(4, 4, 2), (torch.ones(1, 4), torch.ones(1, 4, dtype=dtype)))
+
+
+def test_a_model_that_changes_its_buffers_is_refused() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x + self.calls
+
+    with pytest.raises(CaptureError, match=r"'calls'.*Take it as an input"):
+        capture(Counter(), (torch.ones(3),))
+
+
+def test_inputs_that_forward_changes_are_left_alone() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x += 1
+            return x * 2
+
+    graph = capture(InPlace(), (torch.ones(3),))
+    x = torch.ones(3)
+    assert torch.equal(graph(x), torch.full((3,), 4.0))
+    assert torch.equal(x, torch.ones(3))
+
+
+def test_torch_says_nothing_beside_the_error(capfd: pytest.CaptureFixture[str]) -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(CaptureError), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        capture(Branch(), (torch.ones(3),))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_unknown_tracers_are_refused() -> None:
