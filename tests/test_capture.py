@@ -148,9 +148,10 @@ def test_torch_says_nothing_beside_the_error(capfd: pytest.CaptureFixture[str]) 
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(CaptureError), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        capture(Branch(), (torch.ones(3),))
+        with pytest.raises(CaptureError):
+            capture(Branch(), (torch.ones(3),))
     assert capfd.readouterr() == ("", "")
 
 
