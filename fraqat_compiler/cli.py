@@ -138,13 +138,17 @@ def compile_job(
 @contextmanager
 def _kept_on_interrupt(folder: Path) -> Iterator[None]:
     """Say on Ctrl-C what is kept."""
-    from fraqat_compiler.output_folder import CHECKPOINTS
+    from fraqat_compiler.output_folder import CHECKPOINTS, REMOTE_JOBS
 
     try:
         yield
     except KeyboardInterrupt as error:
-        kept = any((folder / CHECKPOINTS).glob("step-*"))
-        error.add_note(f"checkpoints are kept in {folder}; --resume goes on from there" if kept else "nothing was kept")
+        found = {
+            "checkpoints": (folder / CHECKPOINTS).glob("step-*"),
+            "remote jobs": (folder / REMOTE_JOBS).glob("*.json"),
+        }
+        kept = " and ".join(name for name, files in found.items() if any(files))
+        error.add_note(f"{kept} are kept in {folder}; --resume goes on from there" if kept else "nothing was kept")
         raise
 
 
@@ -355,9 +359,11 @@ def verify_output(
 ) -> Answer:
     """Verify a compile's files, and that they still compute what its report says; status 1 when they do not."""
     from fraqat_compiler import terminal
+    from fraqat_compiler.progress import RichProgress
     from fraqat_compiler.replay import verify_folder
 
-    checks = [dataclasses.asdict(check) for check in verify_folder(folder, on_target=on_target)]
+    found = verify_folder(folder, on_target=on_target, progress=RichProgress())
+    checks = [dataclasses.asdict(check) for check in found]
     holds = all(check["holds"] for check in checks)
     return Answer({"holds": holds, "checks": checks}, lambda console: terminal.show_checks(console, checks), holds)
 
@@ -372,9 +378,10 @@ def profile_output(
 ) -> Answer:
     """Profile a compiled artifact on its target, or on the nearest thing to it here."""
     from fraqat_compiler import terminal
+    from fraqat_compiler.progress import RichProgress
     from fraqat_compiler.replay import profile_folder
 
-    profile = dataclasses.asdict(profile_folder(folder))
+    profile = dataclasses.asdict(profile_folder(folder, RichProgress()))
     return Answer(profile, lambda console: terminal.show_profile(console, profile, ops))
 
 

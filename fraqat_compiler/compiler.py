@@ -12,7 +12,7 @@ import random
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,9 +137,10 @@ def compile(  # noqa: A001 - the product's verb; called as fraqat_compiler.compi
     if missing:
         raise TargetError(f'target "{target.name}" cannot run here: {missing}')
     loaded = _job(job, example_inputs)
+    progress = progress or Progress()
     with OutputFolder(Path(output)) as folder:
-        compilation = _Compilation(loaded, settings, target, folder, progress or Progress(), tuple(instruments), resume)
-        return compilation.run()
+        opened = target.opened(folder.remote_jobs, progress, resume)
+        return _Compilation(loaded, settings, opened, folder, progress, tuple(instruments), resume).run()
 
 
 def _settings(options: dict[str, Any]) -> CompileOptions:
@@ -330,16 +331,14 @@ class _Compilation:
                 references.append((feeds, parity.name_arrays(outputs, results)))
         scales = dict(zip(outputs, parity.output_scales(student), strict=True))
         self.output_scales = scales
-        runners: dict[str, Callable[[Arrays], Arrays]] = {
-            "onnx_unoptimized": parity.onnx_runner(model_path, optimized=False),
-            "onnx_optimized": parity.onnx_runner(model_path, optimized=True),
-            "target": lambda feeds: self.target.run(artifact, feeds),
+        inferences = [feeds for feeds, _ in references]
+        computed: dict[str, list[Arrays]] = {
+            "onnx_unoptimized": list(map(parity.onnx_runner(model_path, optimized=False), inferences)),
+            "onnx_optimized": list(map(parity.onnx_runner(model_path, optimized=True), inferences)),
+            "target": self.target.run_all(artifact, inferences),
         }
         expected = [reference for _, reference in references]
-        stages = {
-            name: parity.compare(expected, [runner(feeds) for feeds, _ in references], scales)
-            for name, runner in runners.items()
-        }
+        stages = {name: parity.compare(expected, actual, scales) for name, actual in computed.items()}
         self._warn_of_distance(stages)
         self.optimizers = survival.survey(model_path, [references[0][0]], scales)
         self.warnings += [

@@ -19,9 +19,10 @@ LOCK_FILE = ".fraqat.lock"
 STAGING = ".fraqat.staging"
 RESULTS_FILE = ".fraqat.results"
 CHECKPOINTS = "checkpoints"
+REMOTE_JOBS = "remote_jobs"
 REPRODUCER = "reproducer"
 LOGS = "logs"
-BOOKKEEPING = (MANIFEST_FILE, LOCK_FILE, STAGING, RESULTS_FILE, CHECKPOINTS, REPRODUCER, LOGS)
+BOOKKEEPING = (MANIFEST_FILE, LOCK_FILE, STAGING, RESULTS_FILE, CHECKPOINTS, REMOTE_JOBS, REPRODUCER, LOGS)
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -37,7 +38,8 @@ class OutputFolder:
 
     Results are written to `staging` and moved to their place by `commit`, the manifest last: a folder with a manifest
     is whole. What an earlier compile left stays until then; files that no compile wrote stay for ever. Checkpoints are
-    the fine-tune's own, and outlive a compile that fails; so do the logs (`*.log`) in its `staging`, moved to `logs`.
+    the fine-tune's own and remote jobs the target's, and outlive a compile that fails; so do the logs (`*.log`) in its
+    `staging`, moved to `logs`.
 
     Args:
         path: the folder; made when missing.
@@ -50,6 +52,7 @@ class OutputFolder:
         self.path = path.resolve()
         self.staging = self.path / STAGING
         self.checkpoints = self.path / CHECKPOINTS
+        self.remote_jobs = self.path / REMOTE_JOBS
         self.reproducer = self.path / REPRODUCER
         self._lock: IO[str] | None = None
 

@@ -14,7 +14,9 @@ from safetensors.numpy import load_file
 from fraqat_compiler import onnx_io, parity
 from fraqat_compiler.errors import FraqatError, TargetError, VerificationError
 from fraqat_compiler.manifest import changed_files
+from fraqat_compiler.output_folder import REMOTE_JOBS
 from fraqat_compiler.parity import LSB_TOLERANCE, Parity, Runner
+from fraqat_compiler.progress import Progress
 from fraqat_compiler.registry import parse_target
 from fraqat_compiler.report import read_report
 from fraqat_compiler.target import Arrays, Artifact, Profile, Target
@@ -38,7 +40,7 @@ class Check:
     detail: str
 
 
-def verify_folder(folder: Path, *, on_target: bool = True) -> list[Check]:
+def verify_folder(folder: Path, *, on_target: bool = True, progress: Progress | None = None) -> list[Check]:
     """Verify the output of a compile: its files, the ONNX file, and the distances that its report records.
 
     The stored inputs run through the file at ORT_DISABLE_ALL, at ORT's default level, and on the target; the outputs
@@ -47,6 +49,7 @@ def verify_folder(folder: Path, *, on_target: bool = True) -> list[Check]:
     Args:
         folder: output folder of a compile.
         on_target: run on the target too.
+        progress: hears of slow work.
 
     Raises:
         VerificationError: the folder holds no finished compile.
@@ -57,19 +60,28 @@ def verify_folder(folder: Path, *, on_target: bool = True) -> list[Check]:
     return [
         Check("files", not changed, "; ".join(changed) or "as the manifest says"),
         _attempt("onnx", partial(_verified_file, folder / report["onnx"]["path"])),
-        *(_attempt(f"parity {stage}", partial(_replayed, folder, report, stage)) for stage in stages),
+        *(
+            _attempt(f"parity {stage}", partial(_replayed, folder, report, stage, progress or Progress()))
+            for stage in stages
+        ),
     ]
 
 
-def profile_folder(folder: Path) -> Profile:
+def profile_folder(folder: Path, progress: Progress | None = None) -> Profile:
     """Profile the artifact of a compile on its target, with the stored inputs.
+
+    Args:
+        folder: output folder of a compile.
+        progress: hears of slow work.
 
     Raises:
         VerificationError: the folder holds no finished compile.
         TargetError: the target cannot load or run it here.
     """
-    target, artifact = _loaded(folder, read_report(folder))
-    return target.profile(artifact, _reference(folder)[0])
+    progress = progress or Progress()
+    target, artifact = _loaded(folder, read_report(folder), progress)
+    with progress.phase("profile"):
+        return target.profile(artifact, _reference(folder)[0])
 
 
 def _attempt(name: str, verify: Callable[[], tuple[bool, str]]) -> Check:
@@ -85,28 +97,30 @@ def _verified_file(path: Path) -> tuple[bool, str]:
     return True, "the ONNX checker and onnxruntime take it; ONNX's own ops alone; no float copy of a quantized weight"
 
 
-def _runner(folder: Path, report: dict[str, Any], stage: str) -> Runner:
+def _runner(folder: Path, report: dict[str, Any], stage: str, progress: Progress) -> Runner:
     if stage == "target":
-        target, artifact = _loaded(folder, report)
+        target, artifact = _loaded(folder, report, progress)
         return lambda inputs: target.run(artifact, inputs)
     return parity.onnx_runner(folder / report["onnx"]["path"], optimized=stage == "onnx_optimized")
 
 
-def _loaded(folder: Path, report: dict[str, Any]) -> tuple[Target, Artifact]:
+def _loaded(folder: Path, report: dict[str, Any], progress: Progress) -> tuple[Target, Artifact]:
     """The target, and the artifact that it left in the folder."""
     target = parse_target(report["target"]["text"])
     missing = target.missing()
     if missing:
         raise TargetError(f'target "{target.name}" cannot run here: {missing}')
+    target = target.opened(folder / REMOTE_JOBS, progress, resume=False)
     try:
         return target, target.load(folder, report["target"]["text"])
     except NotImplementedError:
         raise TargetError(f'target "{target.name}" cannot load an artifact again: it defines no load().') from None
 
 
-def _replayed(folder: Path, report: dict[str, Any], stage: str) -> tuple[bool, str]:
+def _replayed(folder: Path, report: dict[str, Any], stage: str, progress: Progress) -> tuple[bool, str]:
     inputs, expected = _reference(folder)
-    actual = _runner(folder, report, stage)(inputs)
+    with progress.phase(f"verify {stage.replace('_', ' ')}"):
+        actual = _runner(folder, report, stage, progress)(inputs)
     now = parity.compare([expected], [actual], report.get("output_scales", {}))
     recorded = report["parity"][stage]
     return _as_near(now, recorded), f"{_distance(now.to_json())}; recorded {_distance(recorded)}"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from numpy.typing import NDArray
 
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
+
+if TYPE_CHECKING:
+    from fraqat_compiler.progress import Progress
 
 Role = Literal["weight", "bias", "activation", "norm_weight", "constant"]
 Source = Literal["device", "simulator", "host", "estimate"]
@@ -133,6 +136,17 @@ class Target(ABC):
         """What has to be installed before this target can compile, as one sentence; None when nothing is missing."""
         return None
 
+    def opened(self, folder: Path, progress: Progress, resume: bool) -> Target:
+        """The target for work on one output folder; the default needs none of this and is the target itself.
+
+        Args:
+            folder: for what must be found again after Ctrl-C or a crash, such as ids of remote jobs; it outlives a
+                compile that fails, and may not exist yet.
+            progress: hears of slow work.
+            resume: go on from what `folder` holds.
+        """
+        return self
+
     def quant_spec(self, request: TensorRequest) -> QuantSpec | Unquantized:
         """How the tensor shall be quantized.
 
@@ -179,6 +193,10 @@ class Target(ABC):
         Raises:
             TargetError: the artifact is damaged, or the inputs do not fit it.
         """
+
+    def run_all(self, artifact: Artifact, samples: Sequence[Arrays]) -> list[Arrays]:
+        """`run` for each sample; a target on which one run is dear does them all at once."""
+        return [self.run(artifact, inputs) for inputs in samples]
 
     @abstractmethod
     def profile(self, artifact: Artifact, inputs: Arrays) -> Profile:
