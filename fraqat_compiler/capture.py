@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fraqat_compiler.errors import CaptureError, DataError, UsageError
 from fraqat_compiler.ops import op_name
+from fraqat_compiler.slice_writes import DECOMPOSITIONS as SLICE_WRITES
 
 Tracer = Literal["export", "symbolic_trace"]
 TRACERS: tuple[Tracer, ...] = ("export", "symbolic_trace")
@@ -101,7 +102,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         _refuse_long_unrolling(program.graph_module)
         known = torch.export.default_decompositions()
         written_out: dict[Any, Any] = {op: known[op] for op in _CELLS}
-        program = program.run_decompositions(written_out | dict(get_decompositions(_UNROLLED)))
+        program = program.run_decompositions(written_out | dict(get_decompositions(_UNROLLED)) | SLICE_WRITES)
         _refuse_unrepeatable(program.graph_module)
         _refuse_state(program)
     except CaptureError:
