@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch.nn import functional as F
 
 FOLDER = Path(__file__).parents[1] / "examples" / "digits_dit"
 MODULES = ("model", "data", "sampling", "metrics", "train", "job", "show")
@@ -58,22 +57,24 @@ def test_model_has_about_a_million_parameters_and_a_small_file(trained: torch.nn
 
 def test_weights_are_the_float32_state_of_the_model(example: SimpleNamespace) -> None:
     weights = load_file(FOLDER / "weights.safetensors")
-    example.model.DigitsDiT().load_state_dict(weights, strict=True)
+    example.model.DiT().load_state_dict(weights, strict=True)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
 def test_untrained_model_predicts_zero(example: SimpleNamespace) -> None:
     """adaLN-zero: every block starts as the identity, and the output layer at zero."""
     inputs = example.job.example_inputs()
-    velocity = example.model.DigitsDiT()(*inputs)
+    velocity = example.model.DiT()(*inputs)
     assert velocity.shape == inputs[0].shape
     assert torch.count_nonzero(velocity) == 0
 
 
-def test_unpatchify_puts_each_patch_in_its_place(example: SimpleNamespace) -> None:
-    image = torch.arange(64.0).view(1, 1, 8, 8)
-    patches = F.unfold(image, kernel_size=2, stride=2).transpose(1, 2)
-    assert torch.equal(example.model._unpatchify(patches), image)
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 16)])
+def test_unpatchify_puts_each_patch_in_its_place(example: SimpleNamespace, channels: int, size: int) -> None:
+    image = torch.arange(2.0 * channels * size * size).view(2, channels, size, size)
+    patches = image.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 4, 5, 1).reshape(2, -1, 4 * channels)
+    model = example.model.DiT(image_size=size, channels=channels)
+    assert torch.equal(model._unpatchify(patches), image)
 
 
 def test_weights_are_the_trained_ones(example: SimpleNamespace, trained: torch.nn.Module) -> None:
@@ -244,7 +245,7 @@ def test_training_script_writes_weights_that_load(example: SimpleNamespace, tmp_
     weights = tmp_path / "weights.safetensors"
     command = [sys.executable, FOLDER / "train.py", "--steps", "2", "--seed", "3", "--output", weights]
     subprocess.run(command, check=True, capture_output=True)
-    model = example.model.DigitsDiT()
+    model = example.model.DiT()
     model.load_state_dict(load_file(weights), strict=True)
     assert torch.count_nonzero(model.proj_out.bias) > 0
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from data import Digits, fixed_batches, load, training_batches
 from metrics import Judge
-from model import CLASSES, DigitsDiT
+from model import CLASSES, DiT
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from sampling import Run, image_grid, sample
@@ -29,7 +29,7 @@ PICTURE_STEPS = 20
 
 def model() -> nn.Module:
     """The trained float model."""
-    dit = DigitsDiT()
+    dit = DiT()
     dit.load_state_dict(load_file(WEIGHTS))
     return dit.eval()
 

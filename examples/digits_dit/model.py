@@ -3,7 +3,7 @@
 It is a real DiT in miniature: patch embedding, multi-head attention, adaLN-zero modulation, a timestep and a class
 embedding with a null class for classifier-free guidance. Two choices suit an NPU with 8-bit activations:
 
-- No tensor has more than five dimensions. Unpatchify usually permutes six; one image channel needs five.
+- No tensor has more than five dimensions. Unpatchify usually permutes six; channels that lie innermost need five.
 - The timestep lies in [0, 1] and meets frequencies of at most 16 rad. A phase of the customary 1000 rad, held in 8
   bits, would move in steps of 4 rad, and its sine would be noise.
 """
@@ -20,7 +20,6 @@ IMAGE_SIZE = 8
 PATCH_SIZE = 2
 CLASSES = 10
 NULL_CLASS = CLASSES  # the label of "no class", for classifier-free guidance
-GRID_SIZE = IMAGE_SIZE // PATCH_SIZE
 
 
 class TimestepEmbedding(nn.Module):
@@ -103,22 +102,34 @@ class Block(nn.Module):
         return out
 
 
-class DigitsDiT(nn.Module):
-    """Predict the flow-matching velocity of noised 8x8 digits; see `data.py` for the direction of time."""
+class DiT(nn.Module):
+    """Predict the flow-matching velocity of noised images; see `data.py` for the direction of time.
 
-    def __init__(self, width: int = 128, depth: int = 4, heads: int = 4) -> None:
+    The defaults are for 8x8 digits.
+    """
+
+    def __init__(
+        self,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        image_size: int = IMAGE_SIZE,
+        channels: int = 1,
+        patch_size: int = PATCH_SIZE,
+    ) -> None:
         super().__init__()
-        self.patch = nn.Conv2d(1, width, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
-        self.position = nn.Parameter(0.02 * torch.randn(1, GRID_SIZE**2, width))
+        self.channels, self.patch_size, self.grid_size = channels, patch_size, image_size // patch_size
+        self.patch = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+        self.position = nn.Parameter(0.02 * torch.randn(1, self.grid_size**2, width))
         self.time = TimestepEmbedding(width)
         self.label = nn.Embedding(CLASSES + 1, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = _zero_linear(width, 2 * width)
-        self.proj_out = _zero_linear(width, PATCH_SIZE**2)
+        self.proj_out = _zero_linear(width, patch_size**2 * channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Return the velocity [B, 1, 8, 8] of noised images `x` [B, 1, 8, 8] at times `t` [B] in [0, 1].
+        """Return the velocity [B, C, H, W] of noised images `x` [B, C, H, W] at times `t` [B] in [0, 1].
 
         `y` [B] holds int64 labels: 0 to 9, or `NULL_CLASS` for no class.
         """
@@ -127,7 +138,15 @@ class DigitsDiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition)
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        return _unpatchify(self.proj_out(modulate(self.norm(tokens), shift, scale)))
+        return self._unpatchify(self.proj_out(modulate(self.norm(tokens), shift, scale)))
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        """Lay patches [B, grid_size**2, patch_size**2 * C] out as images [B, C, H, W]."""
+        grid, patch = self.grid_size, self.patch_size
+        rows = patches.view(-1, grid, grid, patch, patch * self.channels).permute(0, 1, 3, 2, 4)
+        if self.channels == 1:
+            return rows.reshape(-1, 1, grid * patch, grid * patch)
+        return rows.reshape(-1, grid * patch, grid * patch, self.channels).permute(0, 3, 1, 2)
 
 
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
@@ -136,9 +155,3 @@ def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
-
-
-def _unpatchify(patches: Tensor) -> Tensor:
-    """Lay patches [B, GRID_SIZE**2, PATCH_SIZE**2] out as images [B, 1, 8, 8]."""
-    rows = patches.view(-1, GRID_SIZE, GRID_SIZE, PATCH_SIZE, PATCH_SIZE).permute(0, 1, 3, 2, 4)
-    return rows.reshape(-1, 1, IMAGE_SIZE, IMAGE_SIZE)

@@ -17,13 +17,21 @@ Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
-def sample(run: Run, labels: Tensor, *, steps: int, guidance: float = 1.0, seed: int = 0) -> Tensor:
-    """Integrate the flow from noise to images [B, 1, 8, 8] with Euler's method.
+def sample(
+    run: Run,
+    labels: Tensor,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    seed: int = 0,
+    shape: tuple[int, ...] = (1, IMAGE_SIZE, IMAGE_SIZE),
+) -> Tensor:
+    """Integrate the flow from noise to images [B, *shape] with Euler's method.
 
     `labels` [B] are int64 classes; B must be the batch that `run` was built for. `guidance` above 1 adds
     classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) at the price of a second run for each step.
     """
-    x = torch.randn(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(seed))
     for step in range(steps):
         t = torch.full((len(labels),), step / steps)
         x = x + _guided_velocity(run, x, t, labels, guidance) / steps

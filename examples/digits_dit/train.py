@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from data import Digits, NoisedBatch, fixed_batches, load, training_batches
-from model import DigitsDiT
+from model import DiT
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Trainer:
     """A model in training and the moving average of its weights, which is what training is for."""
 
     def __init__(self, steps: int) -> None:
-        self.model = DigitsDiT()
+        self.model = DiT()
         self.average = AveragedModel(self.model, avg_fn=_moving_average)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _warmup_cosine(step, steps))
