@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml
 		{ echo "$(PYTHON) is older than Python 3.11. Name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "setuptools>=77"
-	$(BIN)/pip install --quiet --editable '.[htp,dev]'
+	$(BIN)/pip install --quiet --editable '.[htp,aihub,dev]'
 	$(BIN)/pip check
 	@touch $@
 

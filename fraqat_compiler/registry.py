@@ -44,6 +44,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
     "targets": {
         "onnxruntime": "fraqat_compiler.targets.onnxruntime:OnnxRuntimeTarget",
         "htp": "fraqat_compiler.targets.htp:HtpTarget",
+        "aihub": "fraqat_compiler.targets.aihub:AiHubTarget",
     },
 }
 _SINGULAR = {"passes": "pass", "targets": "target"}
