@@ -14,18 +14,23 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from fraqat_compiler.calibration import Batch, run_batch
 from fraqat_compiler.errors import VerificationError
 from fraqat_compiler.fake_quant import ActivationFakeQuantize
 from fraqat_compiler.ops import is_pass_through
 from fraqat_compiler.target import Arrays
 
 Runner = Callable[[Arrays], Arrays]
+STAGES = ("onnx_unoptimized", "onnx_optimized", "target")  # what is compared with the fake-quantized graph
 # Rounding of float32 sums differs between kernels; a value at a tie may fall to either side, never further.
 LSB_TOLERANCE = 1.0
+# A step of a 16-bit quantizer is this well known: its values are float32 products of a code and the scale.
+LSB_ROUNDING = 0.01
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def compare(references: Sequence[Arrays], actuals: Sequence[Arrays], scales: Map
         VerificationError: a missing output, another shape, or NaN where the reference has none.
     """
     parts = [
-        _compare_one(name, reference[name], _output(actual, name, reference[name]), scales.get(name))
+        measure(reference[name], _output(actual, name, reference[name]), scales.get(name))
         for reference, actual in zip(references, actuals, strict=True)
         for name in reference
         if np.issubdtype(reference[name].dtype, np.floating)
@@ -90,7 +95,8 @@ def _output(actual: Arrays, name: str, reference: Any) -> Any:
     return actual[name]
 
 
-def _compare_one(name: str, reference: Any, actual: Any, scale: float | None) -> Parity:
+def measure(reference: NDArray[Any], actual: NDArray[Any], scale: float | None) -> Parity:
+    """Compare one array with its reference; their elements in the same order."""
     first, second = reference.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
     distance = np.abs(first - second)
     norms = float(np.linalg.norm(first) * np.linalg.norm(second))
@@ -119,8 +125,75 @@ def _scale_of(graph: GraphModule, node: Node) -> float | None:
     return float(module.scale) if isinstance(module, ActivationFakeQuantize) and not module.spec.dynamic else None
 
 
+# The noise floor
+
+
+def noise_floor(graph: GraphModule, batch: Batch, scales: Mapping[str, float | None]) -> Parity:
+    """Distance of a frozen graph from itself, computed in float64: what the rounding of float32 alone does to outputs.
+
+    A sum that ends near the middle between two codes goes to either side by its rounding; the ops behind it carry the
+    step on, and in a deep net outputs move by many. Two right implementations each stray as far from the exact result,
+    so up to twice as far from each other.
+
+    Args:
+        graph: frozen, with fake quants.
+        batch: one batch of inputs.
+        scales: step of each output's quantizer, in the order of the outputs; None for a float output.
+    """
+    with torch.no_grad():
+        rounded = flat_inputs(run_batch(graph, batch))
+        exact = flat_inputs(_InFloat64(graph).run(*_leaves(graph, batch), enable_io_processing=False))
+    names = list(scales)
+    return compare([name_arrays(names, exact)], [name_arrays(names, rounded)], scales)
+
+
+class _InFloat64(Interpreter):
+    """Runs a graph in float64 on the weights and biases, and with the grids, that it has in float32."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _widened, (args, kwargs))
+        return super().call_function(target, wide_args, wide_kwargs)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return _widened(super().call_module(target, args, kwargs))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.dtype == torch.float32 else tensor
+
+
+def beyond_noise(distance: Parity, floor: Parity) -> bool:
+    """Whether a distance in LSB is more than one step and more than rounding explains."""
+    if distance.max_lsb is None:
+        return False
+    return distance.max_lsb > max(LSB_TOLERANCE, 2 * (floor.max_lsb or 0.0)) + LSB_ROUNDING
+
+
+# Inputs and outputs
+
+
+def _leaves(graph: GraphModule, batch: Batch) -> list[Any]:
+    """A batch as the values of the graph's placeholders."""
+    args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, {})
+    return pytree.tree_leaves((args, _in_signature_order(graph, kwargs)))
+
+
+def _in_signature_order(graph: GraphModule, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword inputs in the order in which they were captured."""
+    info = getattr(graph.graph._codegen, "pytree_info", None)
+    if info is None or not kwargs:
+        return kwargs
+    order = info.in_spec.children()[1].context or []
+    return {name: kwargs[name] for name in [*order, *(set(kwargs) - set(order))] if name in kwargs}
+
+
+def input_tensors(graph: GraphModule, batch: Batch) -> list[Tensor]:
+    """The tensors of a batch in the order of the graph's inputs."""
+    return [leaf for leaf in _leaves(graph, batch) if isinstance(leaf, Tensor)]
+
+
 def flat_inputs(batch: Any) -> list[Tensor]:
-    """The tensors of a batch (tuple, dict or tensor) in the order of the graph's inputs."""
+    """The tensors of inputs or outputs (tuple, dict or tensor), as they come."""
     return [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
@@ -158,19 +231,11 @@ class TorchRunner:
     def __init__(self, graph: GraphModule, runner: Runner, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         self.runner = runner
         self.inputs, self.outputs = list(inputs), list(outputs)
-        self._argument_order = getattr(graph.graph._codegen, "pytree_info", None)
+        self._graph = graph
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        info = self._argument_order
-        ordered = (args, self._in_signature_order(kwargs))
+        info = getattr(self._graph.graph._codegen, "pytree_info", None)
+        ordered = (args, _in_signature_order(self._graph, kwargs))
         results = self.runner(name_arrays(self.inputs, flat_inputs(ordered)))
         tensors = [torch.from_numpy(np.ascontiguousarray(results[name])) for name in self.outputs]
         return pytree.tree_unflatten(tensors, info.out_spec) if info is not None else tensors[0]
-
-    def _in_signature_order(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Keyword inputs in the order in which they were captured."""
-        info = self._argument_order
-        if info is None or not kwargs:
-            return kwargs
-        order = info.in_spec.children()[1].context or []
-        return {name: kwargs[name] for name in [*order, *(set(kwargs) - set(order))] if name in kwargs}

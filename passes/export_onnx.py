@@ -208,16 +208,26 @@ def _finish_bias(graph: gs.Graph, node: gs.Node, names: qdq.Names) -> None:
 
 
 def _name_quantizer(node: gs.Node, names: qdq.Names) -> None:
-    """Name codes, values and scale after the tensor that they quantize; nodes too where no module computes it."""
+    """Name codes, values and scale after the tensor that they quantize; nodes too where no module computes it.
+
+    A tensor that the graph computes goes by the name of its fake quant, `layerwise` finds it by that.
+    """
     source, scale, codes = node.inputs[0], node.inputs[1], node.outputs[0]
+    tensor = source.name if qdq.is_constant(source) else _fake_quant_of(scale) or source.name
     last = codes.outputs[0] if codes.outputs[0].op == qdq.DEQUANTIZE else codes.outputs[0].outputs[0].outputs[0]
-    scale.name = names.free(f"{source.name}_scale")
-    codes.name = names.free(f"{source.name}_q")
+    scale.name = names.free(f"{tensor}_scale")
+    codes.name = names.free(f"{tensor}_q")
     if last.outputs[0].name.startswith("fake_quantize"):  # a graph output keeps its name
-        last.outputs[0].name = names.free(f"{source.name}_dq")
+        last.outputs[0].name = names.free(f"{tensor}_dq")
     if qdq.producer(source) is None:
         for quantizer_node in (node, last):
             quantizer_node.name = f"{source.name}/{quantizer_node.op}"
+
+
+def _fake_quant_of(scale: gs.Tensor) -> str | None:
+    """`linear_3` of the module `fake_quant.linear_3`, whose buffer the scale is."""
+    owner, _, leaf = scale.name.rpartition(".")
+    return owner.removeprefix("fake_quant.") if leaf == "scale" and owner.startswith("fake_quant.") else None
 
 
 # Tidying

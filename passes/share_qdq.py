@@ -202,9 +202,10 @@ def _merge_reshapes(graph: gs.Graph) -> list[str]:
     for node in graph.nodes:
         if node.op != "Reshape":
             continue
-        source = _unreshaped(node.inputs[0])
-        if source is not node.inputs[0]:
+        before, source = node.inputs[0], _unreshaped(node.inputs[0])
+        if source is not before:
             node.inputs[0] = source
+            _keep_names(graph, before, source)
             merged.append(node.name)
         if _is_no_op(node) and not any(tensor is node.outputs[0] for tensor in graph.outputs):
             qdq.replace_everywhere(graph, node.outputs[0], node.inputs[0])
@@ -222,6 +223,17 @@ def _unreshaped(tensor: gs.Tensor) -> gs.Tensor:
     if quantizer is not None and (outer is None or not qdq.same_parameters(outer, quantizer)):
         return tensor
     return reshape.inputs[0]
+
+
+def _keep_names(graph: gs.Graph, bypassed: gs.Tensor, source: gs.Tensor) -> None:
+    """Where nothing reads a pair any more, the pair before it, which holds the same values, takes over its names."""
+    unread, kept = qdq.made_by(bypassed, qdq.DEQUANTIZE), qdq.made_by(source, qdq.DEQUANTIZE)
+    if unread is None or kept is None or bypassed.outputs or len(unread.inputs[0].outputs) > 1:
+        return
+    if any(tensor is bypassed or tensor is source for tensor in graph.outputs):
+        return
+    for one, other in ((bypassed, source), (unread.inputs[0], kept.inputs[0])):
+        one.name, other.name = other.name, one.name
 
 
 def _is_no_op(node: gs.Node) -> bool:
