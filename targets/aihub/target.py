@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from onnx import ValueInfoProto, helper
@@ -177,18 +177,32 @@ class AiHubTarget(Target):
         return self._artifact(folder)
 
     def _artifact(self, folder: Path) -> Artifact:
-        """The artifact in a folder, which must be for this target's SoC."""
+        """The artifact in a folder."""
         wrapper = read_model(folder / CONTEXT_FILE)
-        facts, chip = read_binary(folder / BINARY_FILE), self._htp().chip
-        if (facts.soc.upper(), facts.htp_arch) != (chip.part.upper(), chip.htp_arch):
-            raise TargetError(
-                f"{BINARY_FILE} was built for {facts.soc} (v{facts.htp_arch}), not for {self.device} ({chip.part}).",
-                "Compile for this device.",
-            )
         on_cpu = len(wrapper.graph.node) - len(context_nodes(wrapper))
-        details = {"device": self.device, "fallback_nodes": on_cpu, **dataclasses.asdict(facts)}
+        details = {"device": self.device, "fallback_nodes": on_cpu, **self._facts(folder / BINARY_FILE)}
         files = (folder / CONTEXT_FILE, folder / BINARY_FILE)
         return Artifact(path=files[0], files=files, target_text=to_text(self), details=details)
+
+    def _facts(self, binary: Path) -> dict[str, Any]:
+        """What a binary says of itself.
+
+        Raises:
+            TargetError: it is missing, or says that it was built for another SoC.
+        """
+        try:
+            facts = read_binary(binary)
+        except TargetError:
+            if not binary.is_file():
+                raise
+            return {"soc": None}  # AI Hub chooses the compiler's version, and not each need leave this text
+        chip = self._htp().chip
+        if (facts.soc.upper(), facts.htp_arch) != (chip.part.upper(), chip.htp_arch):
+            raise TargetError(
+                f"{binary.name} was built for {facts.soc} (v{facts.htp_arch}), not for {self.device} ({chip.part}).",
+                "Compile for this device.",
+            )
+        return dataclasses.asdict(facts)
 
     def _desk(self) -> Desk:
         missing = self.missing()
