@@ -354,18 +354,27 @@ def explain_layer(
 def verify_output(
     folder: Folder,
     on_target: Annotated[bool, typer.Option("--target/--no-target", help="Run on the target too.")] = True,
+    layers: Annotated[bool, typer.Option("--layers", help="Compare each op on the target with the file's.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Answer:
     """Verify a compile's files, and that they still compute what its report says; status 1 when they do not."""
     from fraqat_compiler import terminal
     from fraqat_compiler.progress import RichProgress
-    from fraqat_compiler.replay import verify_folder
+    from fraqat_compiler.replay import layers_of_target, verify_folder
 
-    found = verify_folder(folder, on_target=on_target, progress=RichProgress())
+    progress = RichProgress()
+    found = verify_folder(folder, on_target=on_target, progress=progress)
     checks = [dataclasses.asdict(check) for check in found]
-    holds = all(check["holds"] for check in checks)
-    return Answer({"holds": holds, "checks": checks}, lambda console: terminal.show_checks(console, checks), holds)
+    ops = [layer.to_json() for layer in layers_of_target(folder, progress)] if layers else []
+
+    def show(console: Any) -> None:
+        terminal.show_checks(console, checks)
+        if layers:
+            terminal.show_layers(console, ops)
+
+    holds = all(check["holds"] for check in checks) and not any(op["is_wrong"] for op in ops)
+    return Answer({"holds": holds, "checks": checks} | ({"layers": ops} if layers else {}), show, holds)
 
 
 @app.command("profile")

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fraqat_compiler import fx_graph, onnx_io, parity, survival
+from fraqat_compiler import fx_graph, layerwise, onnx_io, parity, survival
 from fraqat_compiler.calibration import Batch, calibrate, run_batch
 from fraqat_compiler.capture import Tracer, capture
 from fraqat_compiler.errors import DataError, TargetError, UsageError
@@ -36,7 +36,7 @@ from fraqat_compiler.job import Job, load_job
 from fraqat_compiler.layers import demanded_bytes, end_widths, layers, parameter_counts, set_weight_bit_width
 from fraqat_compiler.manifest import write_manifest
 from fraqat_compiler.output_folder import OutputFolder
-from fraqat_compiler.parity import LSB_TOLERANCE, Parity, TorchRunner
+from fraqat_compiler.parity import Parity, TorchRunner
 from fraqat_compiler.pass_base import PassContext
 from fraqat_compiler.pass_manager import PassManager, PassRecord
 from fraqat_compiler.passes.insert_fake_quant import InsertFakeQuant
@@ -327,7 +327,7 @@ class _Compilation:
         with torch.no_grad():
             for batch in samples:
                 results = parity.flat_inputs(run_batch(student, batch))
-                feeds = parity.name_arrays(inputs, parity.flat_inputs(batch))
+                feeds = parity.name_arrays(inputs, parity.input_tensors(student, batch))
                 references.append((feeds, parity.name_arrays(outputs, results)))
         scales = dict(zip(outputs, parity.output_scales(student), strict=True))
         self.output_scales = scales
@@ -339,6 +339,9 @@ class _Compilation:
         }
         expected = [reference for _, reference in references]
         stages = {name: parity.compare(expected, actual, scales) for name, actual in computed.items()}
+        self.noise_floor = parity.noise_floor(student, samples[0], scales)
+        layers_alone = layerwise.compare_file(student, samples[0], model_path, inferences[0])
+        self.layerwise = layerwise.summary(layers_alone)
         self._warn_of_distance(stages)
         self.optimizers = survival.survey(model_path, [references[0][0]], scales)
         self.warnings += [
@@ -350,12 +353,23 @@ class _Compilation:
         return stages, references
 
     def _warn_of_distance(self, stages: dict[str, Parity]) -> None:
+        if self.layerwise["strays"]:
+            self.warnings.append(
+                f"{self.layerwise['node']} ({self.layerwise['op']}) of {MODEL_FILE} computes something else than in the "
+                f"trained graph: on the same inputs ops are up to {self.layerwise['max_lsb']:.2f} LSB apart."
+            )
         for name, stage in stages.items():
-            if stage.max_lsb is not None and stage.max_lsb > LSB_TOLERANCE + 1e-3:
+            if stage.max_lsb is not None and parity.beyond_noise(stage, self.noise_floor):
                 self.warnings.append(
                     f"Parity of {name.replace('_', ' ')}: {stage.max_lsb:.2f} LSB at most, {stage.mean_lsb:.3f} in the "
-                    f"mean, from the fake-quantized graph (cosine {stage.cosine:.6f})."
+                    f"mean, from the fake-quantized graph (cosine {stage.cosine:.6f}); float32 rounding alone explains "
+                    f"{self.noise_floor.max_lsb or 0:.2f}."
                 )
+
+    def _parity(self, stages: dict[str, Parity]) -> dict[str, Any]:
+        floor = {"max_lsb": self.noise_floor.max_lsb, "mean_lsb": self.noise_floor.mean_lsb}
+        measured = {name: stage.to_json() for name, stage in stages.items()}
+        return measured | {"noise_floor": floor, "layerwise": self.layerwise}
 
     def _evaluate(
         self, teacher: GraphModule, graph: gs.Graph, model_path: Path, artifact: Artifact
@@ -399,7 +413,7 @@ class _Compilation:
             "passes": [record.to_json() for record in self.records],
             "phases": self.phases,
             "onnx": self._file_summary(student, model_path),
-            "parity": {name: stage.to_json() for name, stage in stages.items()},
+            "parity": self._parity(stages),
             "optimizers": self.optimizers,
             "output_scales": self.output_scales,
             "target": {

@@ -10,6 +10,7 @@ The tensors compared are those that have a quantizer. `export-onnx` names the co
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -84,6 +85,9 @@ class LayerDistance:
     slope: float
     path_max_lsb: float | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"is_wrong": self.is_wrong}
+
     @property
     def strays(self) -> bool:
         """Whether rounding cannot explain it: more than one step."""
@@ -96,16 +100,18 @@ class LayerDistance:
 
 
 def summary(layers: Sequence[LayerDistance]) -> dict[str, Any]:
-    """The report's key `parity.layerwise`: the op that strays first, or else furthest."""
+    """The report's key `parity.layerwise`: how far ops are apart, and the one that strays first, or else furthest."""
     if not layers:
-        return {"max_lsb": None, "mean_lsb": None, "node": None, "op": None, "tensors": 0}
+        return {"max_lsb": None, "mean_lsb": None, "node": None, "op": None, "strays": 0, "tensors": 0}
     furthest = max(layers, key=lambda layer: layer.max_lsb)
-    named = next((layer for layer in layers if layer.strays), furthest)
+    straying = [layer for layer in layers if layer.strays]
+    named = straying[0] if straying else furthest
     return {
         "max_lsb": furthest.max_lsb,
         "mean_lsb": float(np.mean([layer.mean_lsb for layer in layers])),
         "node": named.name,
         "op": named.op,
+        "strays": len(straying),
         "tensors": len(layers),
     }
 

@@ -6,7 +6,8 @@ Distances are counted in LSB, steps of the output's own quantizer: cosine alone 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from fraqat_compiler.ops import is_pass_through
 from fraqat_compiler.target import Arrays
 
 Runner = Callable[[Arrays], Arrays]
-STAGES = ("onnx_unoptimized", "onnx_optimized", "target")  # what is compared with the fake-quantized graph
 # Rounding of float32 sums differs between kernels; a value at a tie may fall to either side, never further.
 LSB_TOLERANCE = 1.0
 # A step of a 16-bit quantizer is this well known: its values are float32 products of a code and the scale.
@@ -141,10 +141,14 @@ def noise_floor(graph: GraphModule, batch: Batch, scales: Mapping[str, float | N
         scales: step of each output's quantizer, in the order of the outputs; None for a float output.
     """
     with torch.no_grad():
-        rounded = flat_inputs(run_batch(graph, batch))
-        exact = flat_inputs(_InFloat64(graph).run(*_leaves(graph, batch), enable_io_processing=False))
+        rounded = [_narrowed(result) for result in flat_inputs(run_batch(graph, batch))]
+        exact = [_narrowed(result) for result in _in_float64(graph, batch)]
     names = list(scales)
     return compare([name_arrays(names, exact)], [name_arrays(names, rounded)], scales)
+
+
+def _in_float64(graph: GraphModule, batch: Batch) -> list[Tensor]:
+    return flat_inputs(_InFloat64(graph).run(*_leaves(graph, batch), enable_io_processing=False))
 
 
 class _InFloat64(Interpreter):
@@ -160,6 +164,10 @@ class _InFloat64(Interpreter):
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.dtype == torch.float32 else tensor
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def beyond_noise(distance: Parity, floor: Parity) -> bool:
@@ -209,14 +217,32 @@ def name_arrays(names: Sequence[str], tensors: Sequence[Tensor]) -> Arrays:
 
 
 def onnx_runner(model: Path, *, optimized: bool) -> Runner:
-    """A function that runs an ONNX file on the host CPU, with ORT's default graph optimizations or with none."""
+    """A function that runs an ONNX file on the host CPU, with ORT's default graph optimizations or with none.
+
+    Raises:
+        VerificationError: onnxruntime refuses the file; from the function: it cannot run it on these inputs.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    with _onnxruntime_errors(model):
+        session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+
+    def run(inputs: Arrays) -> Arrays:
+        with _onnxruntime_errors(model):
+            return dict(zip(names, session.run(names, inputs), strict=True))
+
+    return run
+
+
+@contextmanager
+def _onnxruntime_errors(model: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime's exceptions share no public base
+        raise VerificationError(f"onnxruntime refuses {model.name}: {str(error).splitlines()[0]}.") from error
 
 
 class TorchRunner:

@@ -11,14 +11,15 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fraqat_compiler import onnx_io, parity
+from fraqat_compiler import layerwise, onnx_io, parity
 from fraqat_compiler.errors import FraqatError, TargetError, VerificationError
+from fraqat_compiler.layerwise import LayerDistance
 from fraqat_compiler.manifest import changed_files
 from fraqat_compiler.output_folder import REMOTE_JOBS
 from fraqat_compiler.parity import LSB_TOLERANCE, Parity, Runner
 from fraqat_compiler.progress import Progress
 from fraqat_compiler.registry import parse_target
-from fraqat_compiler.report import read_report
+from fraqat_compiler.report import STAGES, read_report
 from fraqat_compiler.target import Arrays, Artifact, Profile, Target
 
 REFERENCE_FILE = "reference.safetensors"
@@ -56,7 +57,7 @@ def verify_folder(folder: Path, *, on_target: bool = True, progress: Progress | 
     """
     report = read_report(folder)
     changed = changed_files(folder)
-    stages = [stage for stage in report["parity"] if on_target or stage != "target"]
+    stages = [stage for stage in STAGES if on_target or stage != "target"]
     return [
         Check("files", not changed, "; ".join(changed) or "as the manifest says"),
         _attempt("onnx", partial(_verified_file, folder / report["onnx"]["path"])),
@@ -65,6 +66,23 @@ def verify_folder(folder: Path, *, on_target: bool = True, progress: Progress | 
             for stage in stages
         ),
     ]
+
+
+def layers_of_target(folder: Path, progress: Progress | None = None) -> list[LayerDistance]:
+    """Compare each op of a compile's file on its target with ONNX Runtime, on the inputs it had there.
+
+    Args:
+        folder: output folder of a compile.
+        progress: hears of slow work.
+
+    Raises:
+        VerificationError: the folder holds no finished compile.
+        TargetError: the target cannot compile or run the file with its inner tensors as outputs.
+    """
+    report, progress = read_report(folder), progress or Progress()
+    target = _opened(folder, report, progress)
+    with progress.phase("compare layers"):
+        return layerwise.compare_target(folder / report["onnx"]["path"], target, _reference(folder)[0])
 
 
 def profile_folder(folder: Path, progress: Progress | None = None) -> Profile:
@@ -104,13 +122,17 @@ def _runner(folder: Path, report: dict[str, Any], stage: str, progress: Progress
     return parity.onnx_runner(folder / report["onnx"]["path"], optimized=stage == "onnx_optimized")
 
 
-def _loaded(folder: Path, report: dict[str, Any], progress: Progress) -> tuple[Target, Artifact]:
-    """The target, and the artifact that it left in the folder."""
+def _opened(folder: Path, report: dict[str, Any], progress: Progress) -> Target:
     target = parse_target(report["target"]["text"])
     missing = target.missing()
     if missing:
         raise TargetError(f'target "{target.name}" cannot run here: {missing}')
-    target = target.opened(folder / REMOTE_JOBS, progress, resume=False)
+    return target.opened(folder / REMOTE_JOBS, progress, resume=False)
+
+
+def _loaded(folder: Path, report: dict[str, Any], progress: Progress) -> tuple[Target, Artifact]:
+    """The target, and the artifact that it left in the folder."""
+    target = _opened(folder, report, progress)
     try:
         return target, target.load(folder, report["target"]["text"])
     except NotImplementedError:

@@ -28,6 +28,7 @@ REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
 
 Schema = dict[str, Any]
+STAGES = ("onnx_unoptimized", "onnx_optimized", "target")  # what is compared with the fake-quantized graph
 _PARITY: Schema = dict.fromkeys(("max_lsb", "max_abs", "cosine"))
 # The keys that scripts rely on; a list holds the keys of each of its entries, None is any value.
 SCHEMA: Schema = {
@@ -40,7 +41,7 @@ SCHEMA: Schema = {
     "metrics": dict.fromkeys(("float", "quantized")),
     "passes": [dict.fromkeys(("name", "seconds", "nodes_before", "nodes_after", "modified"))],
     "onnx": dict.fromkeys(("path", "bytes", "expected_bytes", "opset", "domains")),
-    "parity": {"onnx_unoptimized": _PARITY, "onnx_optimized": _PARITY, "target": _PARITY},
+    "parity": dict.fromkeys(STAGES, _PARITY),
     "target": dict.fromkeys(("name", "text", "artifact", "bytes", "fallback_nodes", "soc")),
     "profile": dict.fromkeys(("source", "latency_ms", "peak_memory_bytes")),
 }
@@ -133,6 +134,7 @@ def render(report: Mapping[str, Any], images: Mapping[str, Any]) -> str:
         curve=_curve(report["schedule"]),
         share=quantized_share(report),
         excess=excess_bytes(report),
+        stages=STAGES,
     )
 
 

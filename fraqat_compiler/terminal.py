@@ -11,10 +11,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fraqat_compiler.report import PAGE_FILE, excess_bytes, format_bytes, format_number, quantized_share
+from fraqat_compiler.report import PAGE_FILE, STAGES, excess_bytes, format_bytes, format_number, quantized_share
 
 Rows = Iterable[Mapping[str, Any]]
 SHOWN_OPS = 20
+SHOWN_LAYERS = 10
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], texts: int = 1) -> Table:
@@ -77,11 +78,20 @@ def _latency(profile: Mapping[str, Any]) -> str:
 
 
 def _parity(parity: Mapping[str, Any]) -> Table:
+    stages = [(name, parity[name]) for name in STAGES]
     rows = [
         (name.replace("_", " "), row["max_lsb"], row.get("mean_lsb"), f"{row['cosine']:.6f}", row.get("slope"))
-        for name, row in parity.items()
+        for name, row in stages
     ]
+    rows += [(label, row["max_lsb"], row["mean_lsb"], "", "") for label, row in _parity_in_context(parity)]
     return table("parity with the trained graph", ("stage", "max LSB", "mean LSB", "cosine", "slope"), rows)
+
+
+def _parity_in_context(parity: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """What the distances at the end are to be held against."""
+    alone, floor = parity.get("layerwise"), parity.get("noise_floor")
+    rows = [] if not alone or not alone["node"] else [(f"each op alone, worst {alone['node']}", alone)]
+    return rows + ([("rounding of float32 alone", floor)] if floor else [])
 
 
 def _metrics(metrics: Mapping[str, Any]) -> Table:
@@ -135,6 +145,17 @@ def show_checks(console: Console, checks: Rows) -> None:
     """What `verify` found."""
     rows = [(_verdict(check["holds"]), check["name"], check["detail"]) for check in checks]
     console.print(table("verify", ("", "check", "detail"), rows, texts=3))
+
+
+def show_layers(console: Console, layers: Sequence[Mapping[str, Any]], shown: int = SHOWN_LAYERS) -> None:
+    """The ops of a target that are furthest from the file's on the same inputs, and the first that is wrong."""
+    worst = sorted(layers, key=lambda layer: -layer["max_lsb"])[:shown]
+    keys = ("name", "op", "max_lsb", "mean_lsb", "cosine", "slope", "path_max_lsb")
+    columns = ("op on the target's own inputs", "type", "max LSB", "mean LSB", "cosine", "slope", "with all before it")
+    title = f"the {len(worst)} of {len(layers)} ops that are furthest from ONNX Runtime's"
+    console.print(table(title, columns, ([layer[key] for key in keys] for layer in worst), texts=2))
+    wrong = [layer["name"] for layer in layers if layer["is_wrong"]]
+    console.print(lines([f"{len(wrong)} computed wrongly, first {wrong[0]}" if wrong else "none is computed wrongly"]))
 
 
 def _verdict(holds: bool) -> Text:
