@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ pytest.importorskip("qai_hub", reason="the extra aihub is not installed")
 from aihub_server import TOKEN, AiHubServer, Fault
 
 from fraqat_compiler import parity
+from fraqat_compiler.cli import app
 from fraqat_compiler.conformance import check_target
 from fraqat_compiler.doctor import SMALL_MODEL, diagnose
 from fraqat_compiler.errors import TargetError, UsageError
@@ -419,49 +421,70 @@ def test_killed_before_the_job_s_id_arrived_it_is_found_by_its_name(
     assert len(server.jobs) == server.uploads == 1
 
 
-def fraqat(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fraqat_compiler", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def fraqat(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: exit status, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            app([str(argument) for argument in arguments], prog_name="fraqat")
+        assert isinstance(left.value.code, int)
+        return (left.value.code, *capfd.readouterr())
+
+    return run
 
 
-def test_a_compile_that_is_killed_in_mid_wait_is_resumed(server: AiHubServer, tmp_path: Path) -> None:
+def test_a_compile_that_is_killed_in_mid_wait_is_resumed(
+    server: AiHubServer, fraqat: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     """The whole command line: kill -9 while the job runs, then Ctrl-C, then --resume, then a profile."""
     job, folder = tmp_path / "job.py", tmp_path / "out"
     job.write_text(JOB)
     command = ("compile", job, "-o", folder, "--target", "aihub", "--json")
     server.gate.clear()
-    running = fraqat(*command)
-    until(lambda: any(server.site.count("GET", f"/jobs/{job_id}/") > 1 for job_id in server.jobs))
-    running.send_signal(signal.SIGKILL)
-    running.communicate()
-    running = fraqat(*command, "--resume")
-    before = len(server.site.log)
-    until(lambda: [path for _, path in server.site.log[before:] if "/jobs/j" in path][2:])
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate()
-    assert (running.returncode, out) == (130, "")
+    running = subprocess.Popen([sys.executable, "-m", "fraqat_compiler", *map(str, command)], **quiet())
+    until(lambda: polls(server) > 1)
+    running.kill()
+    running.wait()
+
+    before = polls(server)
+    threading.Thread(target=interrupt_once, args=(lambda: polls(server) > before + 1,)).start()
+    status, out, err = fraqat(*command, "--resume")
+    assert (status, out) == (130, "")
     assert "goes on: http" in err and "remote jobs are kept" in err and "--resume goes on from there" in err
+
     server.gate.set()
-    running = fraqat(*command, "--resume")
-    out, err = running.communicate()
-    assert running.returncode == 0, err
+    status, out, err = fraqat(*command, "--resume")
+    assert status == 0, err
     report = json.loads(out)
-    assert {kind: len(server.jobs_of(kind)) for kind in ("compile", "inference", "profile")} == {
-        "compile": 1,
-        "inference": 1,
-        "profile": 1,
-    }
+    assert [len(server.jobs_of(kind)) for kind in ("compile", "inference", "profile")] == [1, 1, 1]
     assert server.uploads == 1
     assert report["profile"]["source"] == "device" and report["profile"]["latency_ms"] > 0
     assert report["parity"]["target"]["max_lsb"] <= 1.001
     assert (report["target"]["soc"], report["target"]["fallback_nodes"]) == ("SM8750", 0)
-    measured_again = fraqat("profile", folder, "--json")
-    out, err = measured_again.communicate()
-    assert json.loads(out)["source"] == "device", err
+
+    status, again, messages = fraqat("profile", folder, "--json")
+    assert (status, json.loads(again)["source"]) == (0, "device")
     assert (len(server.jobs_of("profile")), server.uploads) == (2, 1)
-    said = out + err + "".join(path.read_text("latin-1") for path in folder.rglob("*") if path.is_file())
-    assert TOKEN not in said
+    files = [path.read_text("latin-1") for path in folder.rglob("*") if path.is_file()]
+    assert TOKEN not in "".join([out, err, again, messages, *files])
+
+
+def interrupt_once(holds: Callable[[], object]) -> None:
+    """Ctrl-C, pressed from another thread."""
+    until(holds)
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def polls(server: AiHubServer) -> int:
+    """How often the state of a job was asked for."""
+    return server.site.count("GET", "/jobs/j[^/]*/$")
+
+
+def quiet() -> dict[str, object]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 # Profiles
