@@ -253,7 +253,7 @@ def test_training_script_writes_weights_that_load(example: SimpleNamespace, tmp_
 def test_training_lowers_the_loss(example: SimpleNamespace) -> None:
     digits, _ = example.data.load()
     batch = next(example.data.training_batches(digits, 64, seed=0))
-    trainer = example.train.Trainer(steps=100)
+    trainer = example.train.Trainer(example.model.DiT(), steps=100)
     losses = [trainer.step(batch) for _ in range(30)]
     assert losses[-1] < 0.9 * losses[0]
 

@@ -30,8 +30,8 @@ STEPS_BETWEEN_CHECKS = 200
 class Trainer:
     """A model in training and the moving average of its weights, which is what training is for."""
 
-    def __init__(self, steps: int) -> None:
-        self.model = DiT()
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self.model = model
         self.average = AveragedModel(self.model, avg_fn=_moving_average)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _warmup_cosine(step, steps))
@@ -51,7 +51,7 @@ class Trainer:
 def train(steps: int, seed: int) -> nn.Module:
     """Return the moving average of a model trained for `steps` batches of 128 noised digits."""
     torch.manual_seed(seed)
-    trainer = Trainer(steps)
+    trainer = Trainer(DiT(), steps)
     digits, held_out = load()
     with _progress() as progress:
         task = progress.add_task("train", total=steps, loss=math.nan, held_out=math.nan)

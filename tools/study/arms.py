@@ -1,0 +1,39 @@
+"""The arms of the study: each is a set of options of `fraqat_compiler.compile`, so every arm is the product's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to quantize.
+
+    Attributes:
+        name: in the tables.
+        says: one line about it.
+        options: of `compile`, over those that all arms share.
+        trains: False for post-training quantization, which has no learning rate and no seed.
+    """
+
+    name: str
+    says: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    trains: bool = True
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("direct", "straight to the target width (the paper's vQAT)", {"schedule": "direct"}),
+        Arm("integer", "8-7-6-5-4", {"schedule": "integer"}),
+        Arm("coarse", "16-8-4", {"schedule": "coarse"}),
+        Arm("fraqat", "8-7-6-5.5-5-4.75-4.5-4.25-4 (the paper's Table 4)", {"schedule": "fraqat"}),
+        Arm("rtn", "round to nearest, no training", {"steps": 0, "weight_range": "minmax"}, trains=False),
+        Arm("mse", "ranges of least squared error, no training", {"steps": 0, "weight_range": "mse"}, trains=False),
+    )
+}
+HEADLINE = ("direct", "integer", "coarse", "fraqat")
+PRECISIONS = {"W4A8": ("4", "8"), "W4A16": ("4", "16"), "W3A8": ("3", "8")}

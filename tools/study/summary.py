@@ -1,0 +1,142 @@
+"""Tables and plots of the study, from the results of its runs alone."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from arms import ARMS
+from scipy import stats
+from study_config import StudyConfig
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+BASELINE = "direct"
+METRICS = {
+    "frechet_teacher": "Frechet distance to the teacher's images",
+    "paired_error": "error against the teacher's image of the same noise",
+    "frechet_real": "Frechet distance to real images",
+}
+CONFIDENCE = 0.95
+RESULTS = "study"  # folder beside study.md with a JSON file and a plot for each configuration
+
+Run = dict[str, Any]
+Groups = dict[tuple[str, str], list[Run]]
+
+
+def write_summary(folder: Path, docs: Path, config: StudyConfig) -> None:
+    """Write `docs/study/<config>.json` and its plot from `folder/runs`, then `docs/study.md` from all such files."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
+    results = docs / RESULTS
+    results.mkdir(parents=True, exist_ok=True)
+    content = {"config": asdict(config), "runs": runs}
+    (results / f"{config.name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _plot(_groups(runs), results / f"{config.name}.png")
+    parts = [_section(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(results.glob("*.json"))]
+    (docs / "study.md").write_text("\n".join([_HEAD, *parts]), encoding="utf-8")
+
+
+_HEAD = """# What fractional bits buy
+
+A class-conditional diffusion transformer, trained in float, is brought to few bits by every arm from the same teacher,
+with the same number of steps, the same batches in the same order, and the learning rate of the same sweep that suits
+the arm best (measured on noise that no table uses). Every figure is of the exported ONNX file, run by onnxruntime.
+Mean with its 95 % interval (Student's t over seeds); p of a paired t-test against `direct`, seed by seed.
+
+`python tools/study CONFIG` runs it; this page is written from the JSON files in [study/](study/).
+"""
+
+
+def _groups(runs: Sequence[Run]) -> Groups:
+    """Runs by precision and arm, the sweep's left out, arms in their own order."""
+    groups: Groups = defaultdict(list)
+    order = list(ARMS)
+    measured = [run for run in runs if not run["sweep"] and run["arm"] in ARMS]
+    for run in sorted(measured, key=lambda run: (run["precision"], order.index(run["arm"]), run["seed"])):
+        groups[run["precision"], run["arm"]].append(run)
+    return groups
+
+
+def _section(content: Mapping[str, Any]) -> str:
+    config, groups = StudyConfig(**_tuples(content["config"])), _groups(content["runs"])
+    lines = [
+        f"## `{config.name}`: {config.dataset}, {config.images:,} images, {config.steps:,} steps",
+        "",
+        f"DiT of width {config.width}, depth {config.depth}, patch {config.patch_size}; teacher trained for "
+        f"{config.teacher_steps:,} batches of {config.teacher_batch}; fine-tune with batches of {config.batch}; "
+        f"learning rates {', '.join(f'{rate:g}' for rate in config.learning_rates)}; "
+        f"{config.sampling_steps} sampling steps.",
+        "",
+    ]
+    for precision in dict.fromkeys(precision for precision, _ in groups):
+        lines += [f"### {precision}", "", *_table(groups, precision), ""]
+    return "\n".join([*lines, f"![{config.name}](study/{config.name}.png)", ""])
+
+
+def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+
+
+def _table(groups: Groups, precision: str) -> list[str]:
+    heads = ["arm", "lr", "seeds", *METRICS.values(), f"p against {BASELINE}"]
+    rows = [
+        _row(arm, runs, groups.get((precision, BASELINE), []))
+        for (its_precision, arm), runs in groups.items()
+        if its_precision == precision
+    ]
+    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
+
+
+def _row(arm: str, runs: list[Run], baseline: list[Run]) -> list[str]:
+    rate = "-" if runs[0]["lr"] is None else f"{runs[0]['lr']:g}"
+    figures = [interval([run["metrics"][metric] for run in runs]) for metric in METRICS]
+    return [f"`{arm}`: {ARMS[arm].says}", rate, str(len(runs)), *figures, _paired_p(runs, baseline)]
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and half width of its 95 % interval, to three digits."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.3g}"
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values)
+    return f"{mean:.3g} ± {half:.2g}"
+
+
+def _paired_p(runs: list[Run], baseline: list[Run]) -> str:
+    """p of the paired test on the distance to the teacher, over the seeds that both have."""
+    theirs = {run["seed"]: run["metrics"]["frechet_teacher"] for run in baseline}
+    pairs = [
+        (run["metrics"]["frechet_teacher"], theirs[run["seed"]])
+        for run in runs
+        if run["seed"] in theirs and run["arm"] != BASELINE
+    ]
+    if len(pairs) < 2:
+        return "-"
+    mine, others = zip(*pairs, strict=True)
+    return f"{stats.ttest_rel(mine, others).pvalue:.2g}"
+
+
+def _plot(groups: Groups, path: Path) -> None:
+    """A dot for each run and a bar for each mean: distance to the teacher by arm, one panel for each precision."""
+    precisions = list(dict.fromkeys(precision for precision, _ in groups)) or ["no results yet"]
+    figure, panels = plt.subplots(1, len(precisions), figsize=(5.5 * len(precisions), 3.6), squeeze=False)
+    for precision, panel in zip(precisions, panels[0], strict=True):
+        arms = [arm for its_precision, arm in groups if its_precision == precision]
+        for index, arm in enumerate(arms):
+            values = [run["metrics"]["frechet_teacher"] for run in groups[precision, arm]]
+            panel.barh(index, np.mean(values), color="#c9c4f2")
+            panel.plot(values, [index] * len(values), "o", color="#4f46b5", markersize=4)
+        panel.set_yticks(range(len(arms)), arms)
+        panel.invert_yaxis()
+        panel.set_xlabel(METRICS["frechet_teacher"])
+        panel.set_title(precision)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
