@@ -12,7 +12,7 @@ import random
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,6 +187,7 @@ class _Compilation:
         batches = self._calibration_batches(args, kwargs)
         with self._phase("calibrate", len(batches)):
             calibrate(student, batches, self.progress.update)
+        float_metrics = self._metrics("evaluate float", teacher)
         history = self._fine_tune(teacher, student)
         with self._phase("lower"):
             graph = self._lower(student, record=True)
@@ -200,7 +201,8 @@ class _Compilation:
             stages, references = self._verify(student, graph, model_path, artifact, samples)
         with self._phase("profile"):
             profile = self.target.profile(artifact, references[0][0])
-        metrics, images = self._evaluate(teacher, graph, model_path, artifact)
+        file_metrics, images = self._evaluate(teacher, graph, model_path, artifact)
+        metrics = {"float": float_metrics, "quantized": file_metrics}
         report = self._report(student, graph, model_path, artifact, profile, stages, history, metrics)
         return self._finish(report, artifact, images)
 
@@ -373,20 +375,30 @@ class _Compilation:
 
     def _evaluate(
         self, teacher: GraphModule, graph: gs.Graph, model_path: Path, artifact: Artifact
-    ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-        """The job's metrics of the float graph and of the file, and sample images of the float graph and the target."""
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """The job's metrics of the file, and sample images of the float graph and the target."""
         names = [i.name for i in graph.inputs], [o.name for o in graph.outputs]
-        metrics: dict[str, dict[str, float]] = {"float": {}, "quantized": {}}
         images: dict[str, Any] = {}
-        if self.job.evaluate is not None:
-            file = TorchRunner(teacher, parity.onnx_runner(model_path, optimized=True), *names)
-            with self._phase("evaluate"), torch.no_grad():
-                metrics = {"float": self.job.evaluate(teacher), "quantized": self.job.evaluate(file)}
+        file = TorchRunner(teacher, parity.onnx_runner(model_path, optimized=True), *names)
+        metrics = self._metrics("evaluate", file)
         if self.job.samples is not None:
             compiled = TorchRunner(teacher, lambda feeds: self.target.run(artifact, feeds), *names)
             with self._phase("sample"), torch.no_grad():
                 images = {"float": self.job.samples(teacher), "compiled": self.job.samples(compiled)}
         return metrics, images
+
+    def _metrics(self, phase: str, run: Callable[..., Any]) -> dict[str, float]:
+        """The job's metrics of a model, each from the same random state.
+
+        The float model is measured before the fine-tune: an evaluate() that fails costs no hours.
+        """
+        if self.job.evaluate is None:
+            return {}
+        with self._phase(phase), torch.no_grad():
+            _seed_everything(self.options.seed)
+            metrics = self.job.metrics(run)
+        _seed_everything(self.options.seed)
+        return metrics
 
     # Report
 

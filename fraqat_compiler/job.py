@@ -41,6 +41,7 @@ Batch = Any
 Run = Callable[..., Any]
 _REQUIRED = ("model", "example_inputs")
 _OPTIONAL = ("calibration_data", "train_data", "evaluate", "samples")
+_WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")
 _FORMS = "A job is FILE.py, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION."
 
 
@@ -69,7 +70,8 @@ class Job:
         """
         if example_inputs is None:
             raise JobError("a module is compiled on example inputs, and none were given.", "Pass example_inputs=(...).")
-        return cls(name or type(model).__name__, lambda: model, lambda: example_inputs, **functions)
+        given = {"model": lambda: model, "example_inputs": lambda: example_inputs, **functions}
+        return _checked_job(name or type(model).__name__, given)
 
     def calibration_batches(self) -> Iterator[Batch]:
         """Calibration batches, each held against the example inputs.
@@ -83,6 +85,22 @@ class Job:
         for index, batch in enumerate(self.calibration_data()):
             refuse_unfit(batch, example, index)
             yield batch
+
+    def metrics(self, run: Run) -> dict[str, float]:
+        """What `evaluate` measures of a model; tensors of one element become numbers.
+
+        Raises:
+            JobError: no function `evaluate`, or it returns something else than numbers by name.
+        """
+        assert self.evaluate is not None
+        found = self.evaluate(run)
+        try:
+            return {str(name): float(value) for name, value in found.items()}
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise JobError(
+                f"evaluate(run) returned {_brief(found)}, not numbers by name.",
+                'Return a dict, as {"accuracy": 0.93}.',
+            ) from error
 
 
 def refuse_unfit(batch: Batch, example: Mapping[str, Any], index: int) -> None:
@@ -128,6 +146,11 @@ def load_job(text: str) -> Job:
         JobError: no such file or function, an error inside it (with the user's line), or a part that is missing.
     """
     source, _, function = text.partition(":")
+    if Path(source).suffix in _WEIGHT_FILES:
+        raise JobError(
+            f"{source} holds weights; compile needs the code around them too.",
+            "Write a job file whose model() builds the module and loads them; see the README.",
+        )
     if source.endswith(".onnx"):
         raise JobError(
             f"{source} is an ONNX file; compile starts from a PyTorch model.",
@@ -189,7 +212,52 @@ def _job_of(holder: Any, name: str, origin: _Origin) -> Job:
             f"{origin.text} defines weights(), and weights cannot be streamed from shards yet.",
             "Load them in model() and remove weights().",
         )
-    return Job(name=name, **{key: origin.guarded(function) for key, function in functions.items()})
+    return _checked_job(name, {key: origin.guarded(function) for key, function in functions.items()})
+
+
+def _checked_job(name: str, functions: Mapping[str, Callable[..., Any]]) -> Job:
+    checks = {"model": _module, "example_inputs": _inputs, "calibration_data": _batches, "train_data": _batches}
+    return Job(name=name, **{key: _checked(key, function, checks.get(key)) for key, function in functions.items()})
+
+
+def _checked(name: str, function: Callable[..., Any], refusal: Callable[[Any], str] | None) -> Callable[..., Any]:
+    """The same function, which raises JobError where it returns something else than it should."""
+    if refusal is None:
+        return function
+
+    def call() -> Any:
+        result = function()
+        wanted = refusal(result)
+        if wanted:
+            raise JobError(f"{name}() returned {_brief(result)}.", wanted)
+        return result
+
+    return call
+
+
+def _module(result: Any) -> str:
+    return "" if isinstance(result, nn.Module) else "Return a torch.nn.Module with its weights loaded into it."
+
+
+def _inputs(result: Any) -> str:
+    fits = isinstance(result, torch.Tensor | list | tuple | Mapping)
+    plain = [leaf for leaf in pytree.tree_leaves(result) if hasattr(leaf, "__array__") and not torch.is_tensor(leaf)]
+    if fits and not plain and all(leaf.numel() for leaf in pytree.tree_leaves(result) if torch.is_tensor(leaf)):
+        return ""
+    return "Return a tuple of positional or a dict of keyword inputs, as torch tensors that hold something."
+
+
+def _batches(result: Any) -> str:
+    return "" if isinstance(result, Iterable) else "Return or yield batches, tuples or dicts as example_inputs() gives."
+
+
+def _brief(value: Any) -> str:
+    """What a value is, short enough for a message."""
+    leaves = pytree.tree_leaves(value)
+    if not leaves or leaves[0] is value:
+        return type(value).__name__
+    inside = ", ".join(_kind(leaf) if torch.is_tensor(leaf) else type(leaf).__name__ for leaf in leaves[:3])
+    return f"{type(value).__name__} of {inside}"
 
 
 @dataclass(frozen=True)
@@ -246,4 +314,5 @@ def _user_line(error: BaseException) -> str:
 
 def _is_users(filename: str) -> bool:
     libraries = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-    return not filename.startswith((*libraries, str(Path(__file__).parent), "<"))
+    installed = {"site-packages", "dist-packages"} & set(Path(filename).parts)
+    return not installed and not filename.startswith((*libraries, str(Path(__file__).parent), "<"))

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto, checker, defs, shape_inference
 
 from fraqat_compiler import lazy_values, qdq
-from fraqat_compiler.errors import OutputError, VerificationError
+from fraqat_compiler.errors import FraqatError, OutputError, VerificationError
 
 MAX_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GiB; beyond this, weights go to a file beside the model
 SMALLEST_EXTERNAL = 1024  # bytes; what is smaller stays in the model
@@ -115,7 +115,12 @@ def load(path: Path) -> gs.Graph:
     Raises:
         VerificationError: the file is damaged, or its weights are missing.
     """
-    graph = gs.import_onnx(shape_inference.infer_shapes(_load_model(path)))
+    try:
+        graph = gs.import_onnx(shape_inference.infer_shapes(_load_model(path)))
+    except FraqatError:
+        raise
+    except Exception as error:  # a damaged file fails wherever its bytes are first read
+        raise _unreadable(path, error) from error
     for tensor in _constants(graph):
         tensor.values = lazy_values.of_proto(tensor._values.tensor, str(path.parent))
         tensor.data_location = None
@@ -127,11 +132,17 @@ def _load_model(path: Path) -> ModelProto:
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
-        raise VerificationError(f"{path} cannot be read as an ONNX model: {_first_line(error)}.") from error
+        raise _unreadable(path, error) from error
     for file in sorted({_location(tensor) for tensor in model.graph.initializer} - {""}):
         if not (path.parent / file).is_file():
             raise VerificationError(f"{path} refers to weights in {file}, which is not beside it.", "Copy both files.")
     return model
+
+
+def _unreadable(path: Path, error: Exception) -> VerificationError:
+    return VerificationError(
+        f"{path} cannot be read as an ONNX model: {_first_line(error)}.", "Copy or compile it again."
+    )
 
 
 def _location(tensor: TensorProto) -> str:
@@ -182,7 +193,7 @@ def verify(path: Path) -> None:
     _refuse_float_copies(graph, path)
     try:
         checker.check_model(path, full_check=True)
-    except (checker.ValidationError, shape_inference.InferenceError) as error:
+    except (checker.ValidationError, shape_inference.InferenceError, UnicodeDecodeError) as error:
         raise VerificationError(f"the ONNX checker refuses {path.name}: {str(error).strip()}") from error
     _open_in_onnxruntime(path)
 

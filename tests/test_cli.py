@@ -171,6 +171,19 @@ def test_verify_tells_what_is_damaged_and_goes_on(fraqat: Cli, compiled: Path, t
     assert re.search(r"holds +onnx", fraqat("verify", folder).out)
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[:50], lambda data: data.replace(b"Gemm", b"\xff\xfeGm")])
+def test_verify_survives_a_damaged_model(
+    fraqat: Cli, compiled: Path, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(compiled, folder)
+    (folder / "model.onnx").write_bytes(damage((folder / "model.onnx").read_bytes()))
+    done = fraqat("verify", folder, "--json")
+    failed = [check["name"] for check in done.json["checks"] if not check["holds"]]
+    assert done.status == 1
+    assert {"files", "onnx", "parity onnx_unoptimized"} <= set(failed)
+
+
 def test_profile(fraqat: Cli, compiled: Path) -> None:
     profile = fraqat("profile", compiled, "--json").json
     assert profile["source"] == "host"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fraqat_compiler
-from fraqat_compiler.errors import TargetError
+from fraqat_compiler.errors import JobError, TargetError
+from fraqat_compiler.job import Job
 from fraqat_compiler.target import Finding
 from fraqat_compiler.targets.htp.target import HtpTarget
 from fraqat_compiler.targets.onnxruntime import OnnxRuntimeTarget
@@ -44,3 +45,19 @@ def test_what_a_target_computes_wrongly_is_a_warning(tmp_path: Path, monkeypatch
     report = fraqat_compiler.compile(nn.Sequential(nn.Linear(8, 4)), (torch.randn(4, 8),), output=tmp_path).report
     assert "onnxruntime computes 0/Gemm (Gemm) wrongly: sums are off. Use another width." in report["warnings"]
     assert {entry["outcome"] for entry in report["optimizers"]} == {"same"}
+
+
+def test_an_evaluate_that_fails_costs_no_fine_tune(tmp_path: Path) -> None:
+    def train_data() -> list[tuple[Tensor, ...]]:
+        pytest.fail("the fine-tune began")
+
+    inputs = (torch.randn(4, 8),)
+    job = Job.from_model(nn.Linear(8, 4), inputs, train_data=train_data, evaluate=lambda run: 0.5)
+    with pytest.raises(JobError, match="numbers by name"):
+        fraqat_compiler.compile(job, output=tmp_path, steps=20)
+
+
+def test_both_models_are_measured_from_the_same_random_state(tmp_path: Path) -> None:
+    job = Job.from_model(nn.Linear(8, 4), (torch.randn(4, 8),), evaluate=lambda run: {"draw": torch.rand(1)})
+    metrics = fraqat_compiler.compile(job, output=tmp_path).report["metrics"]
+    assert metrics["float"] == metrics["quantized"]

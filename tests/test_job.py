@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -204,3 +206,47 @@ def test_keyword_and_nested_inputs_are_named() -> None:
 def test_a_module_needs_example_inputs() -> None:
     with pytest.raises(JobError, match="example_inputs"):
         Job.from_model(nn.Identity(), None)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("model", None, "returned NoneType.*torch.nn.Module"),
+        ("model", {"weight": torch.ones(2)}, r"returned dict of float32\[2\]"),
+        ("example_inputs", None, "returned NoneType.*a tuple of positional"),
+        ("example_inputs", "text", "returned str"),
+        ("example_inputs", (np.zeros(3),), "returned tuple of ndarray.*as torch tensors"),
+        ("example_inputs", (torch.zeros(0, 3),), r"returned tuple of float32\[0, 3\].*hold something"),
+        ("calibration_data", None, "returned NoneType.*batches"),
+        ("train_data", None, "returned NoneType.*batches"),
+    ],
+)
+def test_functions_that_return_something_else_are_named(part: str, value: object, message: str) -> None:
+    functions = {"model": lambda: nn.Identity(), "example_inputs": lambda: (torch.ones(1),), part: lambda: value}
+    job = load_job_of(functions)
+    with pytest.raises(JobError, match=rf"{part}\(\) {message}"):
+        getattr(job, part)()
+
+
+def load_job_of(functions: dict[str, Any]) -> Job:
+    module = ModuleType("fraqat_job_of_a_test")
+    module.__dict__["make"] = lambda: functions
+    sys.modules[module.__name__] = module
+    return load_job(f"{module.__name__}:make")
+
+
+def test_metrics_are_numbers_by_name() -> None:
+    job = Job.from_model(nn.Identity(), (torch.ones(1),), evaluate=lambda run: {"mse": run(torch.tensor(2)), "n": 3})
+    assert job.metrics(lambda x: x) == {"mse": 2.0, "n": 3.0}
+
+
+@pytest.mark.parametrize("found", [0.5, None, {"accuracy": "high"}, {"logits": torch.ones(3)}])
+def test_other_metrics_are_refused(found: object) -> None:
+    job = Job.from_model(nn.Identity(), (torch.ones(1),), evaluate=lambda run: found)
+    with pytest.raises(JobError, match=r"evaluate\(run\) returned .*numbers by name"):
+        job.metrics(lambda x: x)
+
+
+def test_weights_alone_are_no_job(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"model\.safetensors holds weights.*model\(\) builds"):
+        load_job(str(tmp_path / "model.safetensors"))
