@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -485,6 +486,17 @@ def polls(server: AiHubServer) -> int:
 def quiet() -> dict[str, object]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+# The page
+
+
+def test_the_page_s_example_prints_what_it_says(server: AiHubServer, model: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "aihub.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    command = [sys.executable, "-c", example]
+    done = subprocess.run(command, **quiet() | {"cwd": model.parent, "stdout": subprocess.PIPE, "text": True})
+    assert done.stdout.splitlines() == re.findall(r"\)  # (.*)$", example, re.MULTILINE)
 
 
 # Profiles

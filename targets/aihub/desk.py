@@ -121,7 +121,7 @@ class Desk:
         """The final status; the client's own wait prints, and asks every ten seconds."""
         start, pause = time.monotonic(), FIRST_POLL
         while True:
-            status = self.hub.ask(f"tell the state of job {job.job_id}", job.get_status)
+            status = self.hub.ask(f"tell the state of job {job.job_id}, {job.url}", job.get_status)
             if status.finished:
                 return status
             seconds = round(time.monotonic() - start)
