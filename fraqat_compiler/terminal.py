@@ -90,7 +90,8 @@ def _parity(parity: Mapping[str, Any]) -> Table:
 def _parity_in_context(parity: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """What the distances at the end are to be held against."""
     alone, floor = parity.get("layerwise"), parity.get("noise_floor")
-    rows = [] if not alone or not alone["node"] else [(f"each op alone, worst {alone['node']}", alone)]
+    worst = f", worst {alone['node']}" if alone and alone["max_lsb"] else ""
+    rows = [(f"each op alone{worst}", alone)] if alone and alone["node"] else []
     return rows + ([("rounding of float32 alone", floor)] if floor else [])
 
 
