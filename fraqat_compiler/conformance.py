@@ -244,7 +244,8 @@ def _run(trial: _Trial) -> str:
 
 def _distance(trial: _Trial, artifact: Artifact) -> str:
     case = trial.case
-    actuals = [trial.target.run(artifact, feeds) for feeds in case.inputs]
+    first, *others = case.inputs
+    actuals = [trial.target.run(artifact, first), *trial.target.run_all(artifact, others)]
     for expected, actual in zip(case.outputs, actuals, strict=True):
         _require(set(actual) == set(expected), f"the outputs are called {sorted(actual)}, not {sorted(expected)}.")
         same_types = all(actual[name].dtype == array.dtype for name, array in expected.items())

@@ -24,6 +24,7 @@ PACKAGES = (
     "onnx-graphsurgeon",
     "onnxscript",
     "numpy",
+    "qai-hub",
 )
 NOT_REPRODUCIBLE = (MANIFEST_FILE, "report.html", "report.json")
 

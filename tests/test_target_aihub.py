@@ -196,6 +196,17 @@ def test_samples_share_a_job_and_equal_what_onnxruntime_computes(
     assert server.uploads == 1  # the binary is at AI Hub already
 
 
+def test_a_binary_that_says_nothing_of_itself_is_left_to_the_device(
+    server: AiHubServer, model: Path, output: Path
+) -> None:
+    AiHubTarget().compile(model, output)
+    (output / "aihub_context_qnn.bin").write_bytes(b"no binary")
+    artifact = AiHubTarget().load(output, "aihub")
+    assert artifact.details["soc"] is None
+    with pytest.raises(TargetError, match=r"AI Hub's inference job j\w+ failed: .*aihub_context|htp_context"):
+        AiHubTarget().run(artifact, SAMPLE)
+
+
 def test_weights_beside_the_model_travel_with_it(server: AiHubServer, output: Path, tmp_path: Path) -> None:
     """Uploaded as an archive of a folder, which the client takes for one model."""
     model = parser.parse_model(SMALL_MODEL.replace("Relu (x_dq)", "Add (x_dq, w_dq)"))
