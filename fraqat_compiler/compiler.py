@@ -55,6 +55,7 @@ SIZE_TOLERANCE = 0.03
 MODEL_FILE = "model.onnx"
 REFERENCE_FILE = "reference.safetensors"
 PIPELINE_FILE = "pipeline.txt"
+_LOOK_CLOSER = " Whether one of its ops is to blame: fraqat verify DIR --layers."
 
 
 @dataclass(frozen=True)
@@ -357,15 +358,15 @@ class _Compilation:
     def _warn_of_distance(self, stages: dict[str, Parity]) -> None:
         if self.layerwise["strays"]:
             self.warnings.append(
-                f"{self.layerwise['node']} ({self.layerwise['op']}) of {MODEL_FILE} computes something else than in the "
-                f"trained graph: on the same inputs ops are up to {self.layerwise['max_lsb']:.2f} LSB apart."
+                f"{self.layerwise['node']} ({self.layerwise['op']}) of {MODEL_FILE} computes something else than in "
+                f"the trained graph: on the same inputs ops are up to {self.layerwise['max_lsb']:.2f} LSB apart."
             )
         for name, stage in stages.items():
             if stage.max_lsb is not None and parity.beyond_noise(stage, self.noise_floor):
                 self.warnings.append(
                     f"Parity of {name.replace('_', ' ')}: {stage.max_lsb:.2f} LSB at most, {stage.mean_lsb:.3f} in the "
                     f"mean, from the fake-quantized graph (cosine {stage.cosine:.6f}); float32 rounding alone explains "
-                    f"{self.noise_floor.max_lsb or 0:.2f}."
+                    f"{self.noise_floor.max_lsb or 0:.2f}.{_LOOK_CLOSER if name == 'target' else ''}"
                 )
 
     def _parity(self, stages: dict[str, Parity]) -> dict[str, Any]:
