@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from fraqat_compiler import fx_graph, quantizer
-from fraqat_compiler.errors import DataError
+from fraqat_compiler.errors import DataError, cause_of
 from fraqat_compiler.fake_quant import ActivationFakeQuantize, BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
 
 Batch = tuple[Any, ...] | list[Any] | Mapping[str, Any] | torch.Tensor
@@ -67,7 +67,7 @@ def _observe(graph: GraphModule, batch: Batch, index: int) -> None:
         raise DataError(f"calibration batch {index}: {error.message}", error.remedy) from error
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise DataError(
-            f"calibration batch {index} does not run through the captured graph: {str(error).splitlines()[0]}",
+            f"calibration batch {index} does not run through the captured graph: {cause_of(error)}.",
             "Every batch needs the structure, shapes and types of example_inputs().",
         ) from error
 

@@ -7,6 +7,12 @@ do about it. The command line prints that text alone; `--debug` shows the traceb
 from __future__ import annotations
 
 
+def cause_of(error: BaseException) -> str:
+    """The first line of an exception, without torch's advice on how to export again."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.partition(" If you meant for this dimension")[0].rstrip(":. ")
+
+
 class FraqatError(Exception):
     """Base of all errors raised on purpose.
 

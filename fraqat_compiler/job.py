@@ -34,7 +34,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fraqat_compiler.errors import DataError, FraqatError, JobError
+from fraqat_compiler.errors import DataError, FraqatError, JobError, cause_of
 from fraqat_compiler.siblings import siblings
 
 Batch = Any
@@ -281,8 +281,9 @@ class _Origin:
         except FraqatError:
             raise
         except (Exception, SystemExit) as error:  # the user's code may raise anything, or leave
-            cause = f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0].rstrip(":. ")
-            raise JobError(f"{self.text}: {cause}{_user_line(error)}.") from error
+            kind, cause = type(error).__name__, cause_of(error)
+            named = kind if cause == kind else f"{kind}: {cause}"
+            raise JobError(f"{self.text}: {named}{_user_line(error)}.") from error
 
     def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, run as the user's code; an iterator that it returns stays lazy."""

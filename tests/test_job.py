@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fraqat_compiler.errors import DataError, JobError
+from fraqat_compiler.errors import DataError, JobError, cause_of
 from fraqat_compiler.job import Job, job_name, load_job
 
 GOOD = """
@@ -250,3 +250,9 @@ def test_other_metrics_are_refused(found: object) -> None:
 def test_weights_alone_are_no_job(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"model\.safetensors holds weights.*model\(\) builds"):
         load_job(str(tmp_path / "model.safetensors"))
+
+
+def test_torch_s_advice_to_export_again_is_left_out() -> None:
+    advice = RuntimeError("Expected 4, but got 8. If you meant for this dimension to be dynamic, please re-export")
+    assert cause_of(advice) == "Expected 4, but got 8"
+    assert cause_of(ValueError()) == "ValueError"

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+import fraqat_compiler
 from fraqat_compiler import parity
 from fraqat_compiler.errors import OutputError, TargetError, UsageError
 from fraqat_compiler.quant_spec import QuantSpec
@@ -488,4 +490,11 @@ def test_errors_are_put_into_words(message: str, expected: str) -> None:
 def test_remedies_fit_the_op() -> None:
     assert "dimensions" in remedy_for("Reshape rank=6 refused")
     assert "8-bit" in remedy_for("Conv rank=5 code 1002")
+    assert "other torch ops" in remedy_for("DFT rank=3 Operators of type `DFT` are not supported by QNN EP")
     assert remedy_for("Relu rank=2 refused") == DEFAULT_REMEDY
+
+
+def test_the_op_to_blame_is_named_and_not_one_that_reads_constants_alone(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.PReLU(), torch.nn.ConvTranspose2d(8, 8, 3, 2, 1, groups=2))
+    with pytest.raises(TargetError, match=r"refuses 1 of .*1/ConvTranspose.*no kernel.*one without groups"):
+        fraqat_compiler.compile(model, (torch.randn(1, 8, 6, 6),), output=tmp_path, target="htp")

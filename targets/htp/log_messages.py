@@ -30,7 +30,12 @@ REMEDIES = (
     (re.compile(r"\bSqueeze\b"), "Squeeze only dimensions of size 1."),
     (re.compile(r"\b(LSTM|GRU|RNN|Loop|If|Scan)\b"), "Unroll it; capture does so for LSTM, GRU and RNN modules."),
     (re.compile(r"\b(NonZero|Unique|NonMaxSuppression)\b"), "Keep what depends on values outside the model."),
+    (re.compile(r"\bConvTranspose rank=4"), "Write a grouped transposed convolution as one without groups."),
     (re.compile(r"\bConv rank=5"), "Give 3-D convolutions 8-bit weights: --weights 4,NAME=8."),
+    (
+        re.compile(r"not supported by QNN|unsupported equation", re.IGNORECASE),
+        "Write it with other torch ops, or keep this part outside the model.",
+    ),
     (re.compile(r"code 1002"), "Clip constants of huge magnitude, as masks hold them, or split the model."),
 )
 DEFAULT_REMEDY = "Leave its module out with --skip, or change --weights or --activations for it."
@@ -92,7 +97,7 @@ def remedy_for(text: str) -> str:
 def explain(message: str, log: str) -> str:
     """One clause for a failure that names no node: what the error's code means, or the library's own words."""
     text = _ANSI.sub("", f"{message}\n{log}")
-    if "assigned to the default CPU EP" in text:
+    if "assigned to the default CPU EP" in text or "was not selected by that EP" in text:
         return "the HTP has no kernel for it"
     for code, meaning in CODES.items():
         if re.search(rf"(error|code|err)\D{{0,12}}{code}\b", text, re.IGNORECASE):

@@ -39,7 +39,7 @@ def failures(model: ModelProto, folder: Path, options: Mapping[str, str]) -> dic
 
 
 def units(model: ModelProto, folder: Path) -> Iterator[tuple[int, ModelProto]]:
-    """Each op, with the quantizers around it, as a model of its own; one that reads an unknown type is left out."""
+    """Each op that reads an input of known type, with the quantizers around it, as a model of its own."""
     graph = _Graph(model)
     for index, node in enumerate(model.graph.node):
         if node.op_type in QDQ:
@@ -88,12 +88,15 @@ class _Graph:
         return [index for index in readers if self._nodes[index].op_type == op]
 
     def cut(self, members: list[int], folder: Path) -> ModelProto | None:
-        """A model of these nodes; None when the type of an input is unknown."""
+        """A model of these nodes; None when the type of an input is unknown, or when they read constants alone.
+
+        The library takes no graph without inputs; inside the whole one it computes such nodes when it compiles.
+        """
         nodes = [self._nodes[index] for index in members]
         made = {name for node in nodes for name in node.output if name}
         read = {name for node in nodes for name in node.input if name}
         free = sorted(read - made - set(self._constants))
-        if any(name not in self._values for name in free):
+        if not free or any(name not in self._values for name in free):
             return None
         inputs = [self._values[name] for name in free]
         outputs = [ValueInfoProto(name=name) for name in sorted(made - read)]
