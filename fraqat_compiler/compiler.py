@@ -302,11 +302,7 @@ class _Compilation:
             if finding.log:
                 (self.folder.staging / f"{self.target.name}.log").write_text(finding.log, encoding="utf-8")
         refuse(findings, self.target)
-        self.warnings += [
-            f"{self.target.name} computes {finding.node} ({finding.op}) wrongly: {finding.reason}. {finding.remedy}"
-            for finding in findings
-            if finding.verdict == "wrong"
-        ]
+        self.warnings += wrong_results(findings, self.target)
 
     def _lower(self, student: GraphModule, *, record: bool) -> gs.Graph:
         text = self.target.lower_pipeline()
@@ -489,6 +485,23 @@ def refuse(findings: list[Finding], target: Target) -> None:
         f"{first.reason}",
         first.remedy or None,
     )
+
+
+def wrong_results(findings: list[Finding], target: Target) -> list[str]:
+    """A warning for each thing that a target computes wrongly, with the nodes that it concerns."""
+    nodes: dict[tuple[str, str, str], list[str]] = {}
+    for finding in findings:
+        if finding.verdict == "wrong":
+            nodes.setdefault((finding.op, finding.reason, finding.remedy), []).append(finding.node)
+    return [
+        f"{target.name} computes {_listed(names)} ({op}) wrongly: {reason}. {remedy}"
+        for (op, reason, remedy), names in nodes.items()
+    ]
+
+
+def _listed(names: list[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _as_tuple(inputs: Any) -> tuple[Any, ...]:

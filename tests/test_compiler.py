@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fraqat_compiler
+from fraqat_compiler.compiler import wrong_results
 from fraqat_compiler.errors import JobError, TargetError
 from fraqat_compiler.job import Job
 from fraqat_compiler.target import Finding
@@ -61,3 +62,14 @@ def test_both_models_are_measured_from_the_same_random_state(tmp_path: Path) -> 
     job = Job.from_model(nn.Linear(8, 4), (torch.randn(4, 8),), evaluate=lambda run: {"draw": torch.rand(1)})
     metrics = fraqat_compiler.compile(job, output=tmp_path).report["metrics"]
     assert metrics["float"] == metrics["quantized"]
+
+
+def test_what_concerns_many_nodes_is_said_once() -> None:
+    steps = [Finding(f"lstm/Tanh_{step}", "Tanh", "wrong", "it is garbage", "Use 8 bits.") for step in range(10)]
+    other = Finding("head/Log", "Log", "wrong", "it is garbage", "Use 8 bits.")
+    fine = Finding("head/Gemm", "Gemm", "runs")
+    assert wrong_results([*steps, other, fine], OnnxRuntimeTarget()) == [
+        "onnxruntime computes lstm/Tanh_0, lstm/Tanh_1, lstm/Tanh_2 and 7 more (Tanh) wrongly: it is garbage. "
+        "Use 8 bits.",
+        "onnxruntime computes head/Log (Log) wrongly: it is garbage. Use 8 bits.",
+    ]
