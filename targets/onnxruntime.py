@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import onnx
 import onnxruntime as ort
 
 from fraqat_compiler.errors import OutputError, TargetError
+from fraqat_compiler.host_timing import milliseconds_of_runs
 from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
 from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target, TensorRequest
@@ -27,11 +27,6 @@ Level = Literal["none", "basic", "extended", "all"]
 
 MODEL_FILE = "model.onnx"
 OFFLINE_FILE = "model.optimized.onnx"
-WARM_UP_RUNS = 3
-TIMED_RUNS = 30
-TIMED_SECONDS = 3.0
-FEWEST_RUNS = 5
-
 HIGHEST_PROBABILITY = 255 / 256  # the kernel gives the highest code to 1.0 where the step is 1/256
 
 _LEVELS: dict[Level, ort.GraphOptimizationLevel] = {
@@ -132,14 +127,15 @@ class OnnxRuntimeTarget(Target):
 
     def profile(self, artifact: Artifact, inputs: Arrays) -> Profile:
         self.run(artifact, inputs)  # what is wrong with the inputs is said here
-        milliseconds = _timed(self._session(artifact), inputs)
+        session = self._session(artifact)
+        milliseconds = milliseconds_of_runs(lambda: session.run(None, inputs))
         with tempfile.TemporaryDirectory() as folder:
             options = _options(self._level, self.threads)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = ort.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
-            _timed(session, inputs)
-            ops = op_times(Path(session.end_profiling()))
+            observed = ort.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
+            milliseconds_of_runs(lambda: observed.run(None, inputs))
+            ops = op_times(Path(observed.end_profiling()))
         threads = self.threads or "default"
         note = f"Median of {len(milliseconds)} runs on this host, ONNX Runtime {ort.__version__}, threads: {threads}."
         notes = (note, "Times of ops are of runs under the profiler, which slows them.")
@@ -210,17 +206,3 @@ def _copy(source: Path, to: Path) -> None:
         partial.replace(to)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _timed(session: ort.InferenceSession, inputs: Arrays) -> list[float]:
-    """Milliseconds of each of several runs; fewer where one takes long."""
-    for _ in range(WARM_UP_RUNS):
-        session.run(None, inputs)
-    milliseconds: list[float] = []
-    while len(milliseconds) < FEWEST_RUNS or (
-        len(milliseconds) < TIMED_RUNS and sum(milliseconds) < 1e3 * TIMED_SECONDS
-    ):
-        start = time.perf_counter()
-        session.run(None, inputs)
-        milliseconds.append(1e3 * (time.perf_counter() - start))
-    return milliseconds
