@@ -28,17 +28,15 @@ from torch.utils import _pytree as pytree
 
 from fraqat_compiler import checkpoint as checkpoints
 from fraqat_compiler import fine_tune_state
-from fraqat_compiler.bit_width_scheduler import Stretch, scheduler_for
 from fraqat_compiler.calibration import Batch, run_batch
 from fraqat_compiler.checkpoint import Checkpoint
 from fraqat_compiler.errors import DataError, TrainingError, UsageError, cause_of
 from fraqat_compiler.interrupt import uninterrupted
 from fraqat_compiler.layers import end_widths
 from fraqat_compiler.progress import Progress
-from fraqat_compiler.schedule import BitWidthSchedule
+from fraqat_compiler.schedule import BitWidthSchedule, BitWidthScheduler
 from fraqat_compiler.training_data import Data, endless
 
-DIVERGENCE_WINDOW, DIVERGENCE_FACTOR = 10, 100.0
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}  # where torch has AdamW as one kernel
 
 
@@ -116,7 +114,7 @@ class FineTuneResult:
     """What a fine-tune leaves besides the changed student.
 
     Attributes:
-        schedule: one entry a stage as it was walked: bits, steps, and the mean loss of its last tenth.
+        schedule: one entry a stage: bits, steps, and the mean loss of its last tenth.
         losses: loss of every step.
         resumed_from: step that the run went on from; 0 for a run from the start.
     """
@@ -154,8 +152,7 @@ def fine_tune(
         progress: hears of each step.
 
     Raises:
-        TrainingError: the loss or a gradient is NaN or infinite, or the loss explodes (checkpoints stay), or there is
-            nothing to train.
+        TrainingError: the loss or a gradient is NaN or infinite (checkpoints stay); or there is nothing to train.
         DataError: the data yields nothing, or a batch that does not run through the teacher.
         CheckpointError: `resume` on a damaged checkpoint or one of another run.
         UsageError: fewer steps than stages.
@@ -213,7 +210,7 @@ class _Loop:
             weight_decay=self.config.weight_decay,
             fused=self.device.type in FUSED_DEVICES,
         )
-        self.scheduler = scheduler_for(
+        self.scheduler = BitWidthScheduler(
             self.student, self.config.schedule, self.config.steps, end_widths(self.student)
         )
         self.saved = 0  # step of the newest checkpoint; before the first step there is nothing to save
@@ -246,38 +243,13 @@ class _Loop:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip or math.inf)
         value = float(loss.detach())
         if not (math.isfinite(value) and math.isfinite(norm)):
-            self._not_finite(step, value)
-            return
-        if self._exploded(value):
             raise self._diverged(step, value)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(step)
         self.optimizer.step()
-        self._finish_step(step, value)
-
-    def _finish_step(self, step: int, loss: float) -> None:
-        self.losses.append(loss)
-        self.progress.update(step + 1, f"{self._stage()}, loss {loss:.4g}")
-        back_to = self.scheduler.step(loss)
-        if back_to is not None:
-            self._go_back(back_to)
-
-    def _not_finite(self, step: int, loss: float) -> None:
-        """Go back where the schedule can; the weights have not moved."""
-        if not self.scheduler.can_go_back:
-            raise self._diverged(step, loss)
-        self._finish_step(step, math.nan)
-
-    def _exploded(self, loss: float) -> bool:
-        """Whether the stage's loss grew far above its least, in means over DIVERGENCE_WINDOW steps, and above 1.
-
-        Adam's first steps at a wide grid may well multiply a tiny loss, so growth alone is no divergence.
-        """
-        losses = [*self.losses[self.scheduler.stretches[-1].first :], loss]
-        if len(losses) % DIVERGENCE_WINDOW or loss < 1:
-            return False
-        means = np.reshape(losses, (-1, DIVERGENCE_WINDOW)).mean(axis=1)
-        return bool(means[-1] > max(1.0, DIVERGENCE_FACTOR * means.min()))
+        self.losses.append(value)
+        self.progress.update(step + 1, f"{self._stage()}, loss {value:.4g}")
+        self.scheduler.step()
 
     def _target(self, step: int, batch: Batch) -> Any:
         try:
@@ -292,7 +264,7 @@ class _Loop:
             ) from error
 
     def _keep(self, done: int) -> None:
-        if done % self.config.checkpoint_every == 0 or self.scheduler.at_boundary:
+        if done % self.config.checkpoint_every == 0 or done in self.scheduler.stage_ends:
             self._save()
 
     # Words
@@ -323,19 +295,12 @@ class _Loop:
         )
 
     def _history(self) -> list[dict[str, Any]]:
-        stretches = [stretch for stretch in self.scheduler.stretches if stretch.last > stretch.first]
-        return [
-            {"bits": stretch.bit_width, "steps": stretch.last - stretch.first, "loss": self._last_loss(stretch)}
-            for stretch in stretches
-        ]
-
-    def _last_loss(self, stretch: Stretch) -> float | None:
-        """Mean of the last tenth; None of a stretch that began with NaN."""
-        losses = self.losses[stretch.first : stretch.last]
-        finite = [loss for loss in losses[-max(len(losses) // 10, 1) :] if math.isfinite(loss)] or [
-            loss for loss in losses if math.isfinite(loss)
-        ]
-        return float(np.mean(finite)) if finite else None
+        history, start = [], 0
+        for bits, steps in self.scheduler.stages:
+            tail = self.losses[start + steps - max(steps // 10, 1) : start + steps]
+            history.append({"bits": bits, "steps": steps, "loss": float(np.mean(tail))})
+            start += steps
+        return history
 
     # State
 
@@ -349,7 +314,7 @@ class _Loop:
             "scheduler": self.scheduler.state_dict(),
             "fitted": fine_tune_state.fitted_widths(self.student),
         }
-        milestones = self.scheduler.needed | (self.scheduler.boundaries if self.config.keep_stage_ends else set())
+        milestones = self.scheduler.stage_ends if self.config.keep_stage_ends else ()
         checkpoints.save(self.folder, Checkpoint(done, tensors, state, self.run_identity), milestones)
         self.saved = done
 
@@ -362,11 +327,3 @@ class _Loop:
         self.losses = found.tensors["losses"].tolist()
         self.scheduler.load_state_dict(found.state["scheduler"])
         self.resumed_from = self.saved = found.step
-
-    def _go_back(self, step: int) -> None:
-        """Take the weights of an earlier step; the data and the budget go on."""
-        found = checkpoints.at_step(self.folder, step, self.run_identity)
-        fine_tune_state.load(found, self.student, self.parameters, self.optimizer)
-        self.progress.note(
-            f"The stage that began after step {step} diverged; its weights are back, and the stage before it goes on."
-        )
