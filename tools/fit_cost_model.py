@@ -1,0 +1,335 @@
+"""Fit the rates of `targets/htp/cost_model.csv` to measured latencies, and tell how far they err.
+
+    python tools/fit_cost_model.py MEASUREMENTS.csv [--write]
+
+The measurements are public ones of Qualcomm AI Hub (columns model, component, device, precision, runtime, ms). What
+each model has to do is in `tools/cost_model_ops.csv`, which `tools/cost_model_architectures.py` makes. The error is that
+of each architecture family when the rates are fitted to all the others. Needs scipy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from scipy.optimize import least_squares
+
+from fraqat_compiler.targets.htp import cost_model
+from fraqat_compiler.targets.htp.cost_model import Amounts, Rates, Unit, demand, latency_ms, total
+from fraqat_compiler.targets.htp.op_counts import OpCount
+
+ROOT = Path(__file__).parents[1]
+OPS_FILE = ROOT / "tools/cost_model_ops.csv"
+COST_FILE = ROOT / "targets/htp/cost_model.csv"
+
+VTCM_MB = 8.0  # of all three SoCs, see socs.csv
+PARTS = {"S24": "SM8650", "S25": "SM8750", "QRD": "SM8850"}  # the first letters of the measurements' device
+BASE = "SM8750"
+BITS = {"float": (16, 16), "w8a8": (8, 8), "w8a16": (8, 16)}  # of weights and activations; mixed widths are left out
+QNN_RUNTIMES = frozenset({"qnn_dlc", "qnn_context_binary", "precompiled_qnn_onnx"})  # what the HTP target makes
+OTHER_RUNTIMES = 0.3  # weight of the others, where a model was measured in both
+ROBUST = 0.15  # log error from which a measurement counts less and less, Cauchy
+FAMILIES = {
+    "resnet18": "ResNet",
+    "resnet50": "ResNet",
+    "resnext101": "ResNet",
+    "bert_base_uncased_hf": "BERT",
+    "albert_base_v2_hf": "BERT",
+    "whisper_tiny": "Whisper",
+    "whisper_small": "Whisper",
+    "stable_diffusion_v1_5/unet": "diffusion U-Net",
+    "controlnet_canny": "diffusion U-Net",
+}  # the others are families of their own
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Where a rate of the base SoC is looked for.
+
+    Attributes:
+        value: what the hardware should do.
+        spread: standard deviation of its logarithm.
+        unit: of the value.
+        meaning: shown in the table.
+    """
+
+    value: float
+    spread: float
+    unit: str
+    meaning: str
+
+
+PRIORS = {
+    "overhead": Prior(0.08, 0.4, "ms", "fixed time of an inference"),
+    "ops": Prior(2000, 0.4, "ops/ms", "ops started"),
+    "matrix_8": Prior(28, 0.15, "TMAC/s", "matrix unit, 8-bit activations, channels rounded up to 32"),
+    "matrix_16": Prior(8.5, 0.15, "TMAC/s", "the same, 16-bit activations"),
+    "matrix_float": Prior(8, 0.15, "TMAC/s", "the same, half precision"),
+    "operands": Prior(500, 0.4, "GB/s", "activations into and out of the matrix unit"),
+    "depthwise_8": Prior(300, 0.4, "GMAC/s", "depthwise convolution, 8 bits"),
+    "depthwise_16": Prior(150, 0.4, "GMAC/s", "depthwise convolution, 16 bits"),
+    "softmax": Prior(120, 0.4, "GB/s", "softmax, bytes read and written"),
+    "softmax_float": Prior(50, 0.4, "GB/s", "softmax in half precision"),
+    "norm": Prior(120, 0.4, "GB/s", "normalization"),
+    "elementwise": Prior(200, 0.4, "GB/s", "elementwise ops, reductions, pooling"),
+    "transpose": Prior(20, 0.4, "GB/s", "transposes that move data"),
+    "copy": Prior(150, 0.4, "GB/s", "concatenation, slices, resizing"),
+    "ddr": Prior(60, 0.12, "GB/s", "weights, and attention that does not fit the VTCM"),
+    "tiled": Prior(200, 0.5, "GB/s", "images that do not fit the VTCM, worked on in tiles"),
+}
+FLOAT_OF = {
+    **{f"{name}_float": name for name in ("operands", "norm", "elementwise", "transpose", "copy")},
+    "depthwise_float": "depthwise_16",
+}
+SLOWDOWN = Prior(1.4, 0.2, "1", "half precision against 16-bit integers on the vector unit")
+SPEEDS = {
+    ("SM8650", "matrix"): Prior(1.3, 0.1, "1", ""),
+    ("SM8650", "vector"): Prior(1.3, 0.1, "1", ""),
+    ("SM8650", "memory"): Prior(1.2, 0.1, "1", ""),
+    ("SM8850", "matrix"): Prior(0.75, 0.1, "1", ""),
+    ("SM8850", "vector"): Prior(0.8, 0.1, "1", ""),
+    ("SM8850", "memory"): Prior(0.85, 0.1, "1", ""),
+}  # time against that of the base
+_ALL = (*PRIORS.values(), SLOWDOWN, *SPEEDS.values())
+_CENTER = np.log([prior.value for prior in _ALL])
+_SPREAD = np.array([prior.spread for prior in _ALL])
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement."""
+
+    model: str
+    part: str
+    precision: str
+    runtime: str
+    ms: float
+
+    @property
+    def family(self) -> str:
+        return FAMILIES.get(self.model, self.model)
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """The same network measured through several runtimes."""
+        return self.model, self.part, self.precision
+
+
+@dataclass(frozen=True)
+class Error:
+    """An estimate beside a measurement that it was not fitted to."""
+
+    row: Row
+    estimate: float
+
+    @property
+    def relative(self) -> float:
+        return self.estimate / self.row.ms - 1
+
+
+def read_measurements(path: Path) -> list[Row]:
+    """The rows whose model is in the table of ops and whose precision is one."""
+    known = set(_counts())
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [_row(row) for row in csv.DictReader(file) if row["precision"] in BITS]
+    left_out = sorted({row.model for row in rows} - known)
+    if left_out:
+        print(f"not in {OPS_FILE.name}, left out: {', '.join(left_out)}")
+    return [row for row in rows if row.model in known]
+
+
+def _row(row: dict[str, str]) -> Row:
+    part = next(part for prefix, part in PARTS.items() if row["device"].startswith(prefix))
+    model = row["model"]
+    if f"{model}/{row['component']}" in _counts():
+        model = f"{model}/{row['component']}"
+    return Row(model, part, row["precision"], row["runtime"], float(row["ms"]))
+
+
+@cache
+def _counts() -> dict[str, list[tuple[int, OpCount]]]:
+    """How often each model has which op."""
+    counts: defaultdict[str, list[tuple[int, OpCount]]] = defaultdict(list)
+    with OPS_FILE.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            numbers = {name: int(row[name]) for name in "macs tiled_macs read written weights matrices".split()}
+            op = OpCount(name="", op=row["op"], kind=row["kind"], **numbers)  # type: ignore[arg-type]
+            counts[row["model"]].append((int(row["times"]), op))
+    return dict(counts)
+
+
+@cache
+def amounts(model: str, weight_bits: int, activation_bits: int, quantized: bool) -> Amounts:
+    """What a model demands at these widths."""
+    scaled = []
+    for times, op in _counts()[model]:
+        at_width = dataclasses.replace(
+            op, weight_bits=weight_bits, activation_bits=activation_bits, quantized=quantized
+        )
+        scaled.append({name: times * amount for name, amount in demand(at_width, VTCM_MB).items()})
+    return total(scaled)
+
+
+def _amounts_of(row: Row) -> Amounts:
+    return amounts(row.model, *BITS[row.precision], row.precision != "float")
+
+
+def rates_of(point: Vector, part: str) -> Rates:
+    """The rates that a point of the search means."""
+    values = np.exp(point)
+    rates = dict(zip(PRIORS, map(float, values), strict=False))
+    slowdown = float(values[len(PRIORS)])
+    rates |= {name: rates[base] / slowdown for name, base in FLOAT_OF.items()}
+    if part == BASE:
+        return rates
+    speeds = dict(zip(SPEEDS, map(float, values[len(PRIORS) + 1 :]), strict=True))
+    slower = {unit: speeds[part, unit] for unit in get_args(Unit)}
+    scaled = {name: rate / slower[cost_model.unit_of(name)] for name, rate in rates.items() if name != "overhead"}
+    return scaled | {"overhead": rates["overhead"] * slower["vector"]}
+
+
+def fit(rows: Sequence[Row]) -> Vector:
+    """The point that explains the rows best: robust log errors, and how far it strays from the priors."""
+    weights, logs = _weights(rows), np.log([row.ms for row in rows])
+
+    def residuals(point: Vector) -> Vector:
+        rates = {part: rates_of(point, part) for part in PARTS.values()}
+        errors = np.log([latency_ms(_amounts_of(row), rates[row.part]) for row in rows]) - logs
+        robust = np.sign(errors) * np.sqrt(weights * np.log1p((errors / ROBUST) ** 2))
+        return np.concatenate([robust, (point - _CENTER) / _SPREAD])
+
+    return np.asarray(least_squares(residuals, _CENTER, max_nfev=60).x, dtype=np.float64)
+
+
+def _weights(rows: Sequence[Row]) -> Vector:
+    """Each network on each SoC counts the same, through however many runtimes it was measured."""
+    kinds = defaultdict(list)
+    for row in rows:
+        kinds[row.group, row.runtime in QNN_RUNTIMES].append(row)
+    both = {group for group, is_qnn in kinds if is_qnn}
+
+    def weight(row: Row) -> float:
+        is_qnn = row.runtime in QNN_RUNTIMES
+        return (1.0 if is_qnn or row.group not in both else OTHER_RUNTIMES) / len(kinds[row.group, is_qnn])
+
+    return np.array([weight(row) for row in rows])
+
+
+def cross_validate(rows: Sequence[Row]) -> list[Error]:
+    """Errors of each family under rates that were fitted without it."""
+    errors = []
+    for family in sorted({row.family for row in rows}):
+        point = fit([row for row in rows if row.family != family])
+        errors += [Error(row, _estimate(point, row)) for row in rows if row.family == family]
+    return errors
+
+
+def _estimate(point: Vector, row: Row) -> float:
+    return latency_ms(_amounts_of(row), rates_of(point, row.part))
+
+
+def quantiles(errors: Iterable[Error]) -> tuple[float, float]:
+    """Median and 90th percentile of the relative error's magnitude."""
+    sizes = [abs(error.relative) for error in errors]
+    return float(np.median(sizes)), float(np.quantile(sizes, 0.9))
+
+
+def error_table(errors: Sequence[Error]) -> Table:
+    """Errors by family, then over all and over parts of the rows."""
+    table = Table("left out", "rows", "median", "90 %", "signed median")
+    for family in sorted({error.row.family for error in errors}):
+        _add(table, family, [error for error in errors if error.row.family == family])
+    table.add_section()
+    integer = [error for error in errors if error.row.precision != "float"]
+    qnn = [error for error in errors if error.row.runtime in QNN_RUNTIMES]
+    _add(table, "all rows", errors)
+    _add(table, "quantized", integer)
+    _add(table, "through QNN", qnn)
+    _add(table, "quantized, through QNN", [error for error in integer if error.row.runtime in QNN_RUNTIMES])
+    for part in PARTS.values():
+        _add(table, part, [error for error in errors if error.row.part == part])
+    return table
+
+
+def _add(table: Table, name: str, errors: Sequence[Error]) -> None:
+    if not errors:
+        return
+    median, p90 = quantiles(errors)
+    signed = float(np.median([error.relative for error in errors]))
+    table.add_row(name, str(len(errors)), f"{median:.1%}", f"{p90:.1%}", f"{signed:+.1%}")
+
+
+def order_table(errors: Sequence[Error]) -> Table:
+    """Pairs of precisions of one network on one SoC through one runtime: which is faster, measured and estimated."""
+    table = Table("model", "SoC", "runtime", "pair", "measured ms", "estimated ms", "same order")
+    found = {(error.row.group, error.row.runtime): error for error in errors}
+    for (group, runtime), narrow in found.items():
+        wide = found.get(((group[0], group[1], "w8a16"), runtime))
+        if group[2] != "w8a8" or wide is None:
+            continue
+        agrees = (narrow.row.ms < wide.row.ms) == (narrow.estimate < wide.estimate)
+        measured = f"{narrow.row.ms:.3f} / {wide.row.ms:.3f}"
+        estimated = f"{narrow.estimate:.3f} / {wide.estimate:.3f}"
+        table.add_row(group[0], group[1], runtime, "w8a8 / w8a16", measured, estimated, "yes" if agrees else "no")
+    return table
+
+
+def unmeasured_table(point: Vector, rows: Sequence[Row]) -> Table:
+    """Estimates, on the base SoC, of the architectures that no row measures."""
+    widths = ((4, 8), (8, 8), (4, 16), (8, 16))
+    table = Table("model", *(f"w{weight}a{activation}" for weight, activation in widths))
+    for model in sorted(set(_counts()) - {row.model for row in rows}):
+        times = (latency_ms(amounts(model, *pair, True), rates_of(point, BASE)) for pair in widths)
+        table.add_row(model, *(f"{time:.1f} ms" for time in times))
+    return table
+
+
+def write(point: Vector, errors: Sequence[Error]) -> None:
+    """The table that the cost model reads."""
+    with COST_FILE.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("name", "unit", *PARTS.values(), "meaning"))
+        writer.writerows(_table_rows(point, errors))
+
+
+def _table_rows(point: Vector, errors: Sequence[Error]) -> Iterator[tuple[str, ...]]:
+    rates = [rates_of(point, part) for part in PARTS.values()]
+    for name in (*PRIORS, *FLOAT_OF):
+        prior = PRIORS[FLOAT_OF.get(name, name)]
+        meaning = f"{PRIORS[FLOAT_OF[name]].meaning}, in half precision" if name in FLOAT_OF else prior.meaning
+        yield name, prior.unit, *(f"{rate[name]:.4g}" for rate in rates), meaning
+    by_part = [quantiles(error for error in errors if error.row.part == part) for part in PARTS.values()]
+    yield "median_error", "1", *(f"{median:.2f}" for median, _ in by_part), "on families left out of the fit"
+    yield "p90_error", "1", *(f"{p90:.2f}" for _, p90 in by_part), "the same, of nine measurements in ten"
+
+
+def main() -> None:
+    """Fit, cross-validate, show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measurements", type=Path)
+    parser.add_argument("--write", action="store_true", help=f"write {COST_FILE.relative_to(ROOT)}")
+    options = parser.parse_args()
+    rows = read_measurements(options.measurements)
+    errors, point = cross_validate(rows), fit(rows)
+    console = Console(width=140)
+    for table in (error_table(errors), order_table(errors), unmeasured_table(point, rows)):
+        console.print(table)
+    if options.write:
+        write(point, errors)
+
+
+if __name__ == "__main__":
+    main()
