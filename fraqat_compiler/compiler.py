@@ -338,7 +338,7 @@ class _Compilation:
         }
         expected = [reference for _, reference in references]
         stages = {name: parity.compare(expected, actual, scales) for name, actual in computed.items()}
-        self.noise_floor = parity.noise_floor(student, samples[0], scales)
+        self.noise_floor = parity.noise_floor(student, samples, expected, scales)
         layers_alone = layerwise.compare_file(student, samples[0], model_path, inferences[0])
         self.layerwise = layerwise.summary(layers_alone)
         self._warn_of_distance(stages)
@@ -357,12 +357,13 @@ class _Compilation:
                 f"{self.layerwise['node']} ({self.layerwise['op']}) of {MODEL_FILE} computes something else than in "
                 f"the trained graph: on the same inputs ops are up to {self.layerwise['max_lsb']:.2f} LSB apart."
             )
+        floor = self.noise_floor
         for name, stage in stages.items():
-            if stage.max_lsb is not None and parity.beyond_noise(stage, self.noise_floor):
+            if parity.beyond_noise(stage, floor):
                 self.warnings.append(
                     f"Parity of {name.replace('_', ' ')}: {stage.max_lsb:.2f} LSB at most, {stage.mean_lsb:.3f} in the "
-                    f"mean, from the fake-quantized graph (cosine {stage.cosine:.6f}); float32 rounding alone explains "
-                    f"{self.noise_floor.max_lsb or 0:.2f}.{_LOOK_CLOSER if name == 'target' else ''}"
+                    f"mean, from the fake-quantized graph (cosine {stage.cosine:.6f}); the rounding of float32 alone "
+                    f"makes {floor.max_lsb:.2f} and {floor.mean_lsb:.3f}.{_LOOK_CLOSER if name == 'target' else ''}"
                 )
 
     def _parity(self, stages: dict[str, Parity]) -> dict[str, Any]:

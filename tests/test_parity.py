@@ -7,9 +7,11 @@ import pytest
 import torch
 from lowering import fake_quantized, lowered
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from fraqat_compiler import parity
+from fraqat_compiler.calibration import Batch, run_batch
 from fraqat_compiler.errors import VerificationError
 from fraqat_compiler.parity import Parity
 
@@ -34,6 +36,13 @@ class Named(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         return first - 2 * second
+
+
+def floor_of(graph: GraphModule, batch: Batch) -> Parity:
+    """The noise floor on one batch."""
+    with torch.no_grad():
+        outputs = parity.name_arrays(["output"], parity.flat_inputs(run_batch(graph, batch)))
+    return parity.noise_floor(graph, [batch], [outputs], {"output": parity.output_scales(graph)[0]})
 
 
 def distance(**changes: float | None) -> Parity:
@@ -67,8 +76,7 @@ def test_the_noise_floor_is_what_float32_adds_in_a_deep_net() -> None:
     batch = torch.randn(64, 64)
     graph = fake_quantized(Deep(), (batch,), weights="8", activations="16")
     lowered(graph)
-    scale = parity.output_scales(graph)[0]
-    floor = parity.noise_floor(graph, (batch,), {"output": scale})
+    floor = floor_of(graph, (batch,))
     assert floor.max_lsb is not None
     assert 1 < floor.max_lsb < 100
     assert floor.cosine > 0.999999
@@ -79,17 +87,16 @@ def test_float64_runs_on_the_same_grids_and_weights() -> None:
     batch = torch.randn(8, 16)
     graph = fake_quantized(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), (batch,))
     lowered(graph)
-    floor = parity.noise_floor(graph, (batch,), {"output": parity.output_scales(graph)[0]})
-    assert floor.max_lsb == 0
+    assert floor_of(graph, (batch,)).max_lsb == 0
 
 
-def test_rounding_explains_twice_the_noise_floor_and_one_step_is_always_allowed() -> None:
-    still, deep = distance(max_lsb=0.0), distance(max_lsb=5.0)
+def test_rounding_explains_twice_the_noise_floor_in_the_mean_and_one_step_always() -> None:
+    still, deep = distance(max_lsb=0.0, mean_lsb=0.0), distance(max_lsb=9.0, mean_lsb=3.0)
     assert not parity.beyond_noise(distance(max_lsb=1.0), still)
     assert parity.beyond_noise(distance(max_lsb=2.0), still)
-    assert not parity.beyond_noise(distance(max_lsb=10.0), deep)
-    assert parity.beyond_noise(distance(max_lsb=11.0), deep)
-    assert not parity.beyond_noise(distance(max_lsb=None), still)
+    assert not parity.beyond_noise(distance(max_lsb=50.0, mean_lsb=6.0), deep)
+    assert parity.beyond_noise(distance(max_lsb=9.0, mean_lsb=6.1), deep)
+    assert not parity.beyond_noise(distance(max_lsb=None, mean_lsb=None), still)
 
 
 def test_keyword_inputs_come_in_the_order_of_the_graph() -> None:
@@ -99,14 +106,13 @@ def test_keyword_inputs_come_in_the_order_of_the_graph() -> None:
     first, second = parity.input_tensors(graph, swapped)
     assert (first[0].item(), second[0].item()) == (1.0, 5.0)
     lowered(graph)
-    scale = parity.output_scales(graph)[0]
-    assert parity.noise_floor(graph, swapped, {"output": scale}).max_lsb == 0
+    assert floor_of(graph, swapped).max_lsb == 0
 
 
 def test_a_float_output_has_no_step() -> None:
     graph = fake_quantized(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), (torch.randn(2, 4),), skip="1")
     lowered(graph)
     assert parity.output_scales(graph) == [None]
-    floor = parity.noise_floor(graph, (torch.randn(2, 4),), {"output": None})
+    floor = floor_of(graph, (torch.randn(2, 4),))
     assert floor.max_lsb is None
     assert floor.max_abs < 1e-6
