@@ -385,12 +385,13 @@ def profile_output(
     as_json: Json = False,
     debug: Debug = False,
 ) -> Answer:
-    """Profile a compiled artifact on its target, or on the nearest thing to it here."""
+    """Profile a compiled artifact on its target, or on the nearest thing to it here; estimate the hardware's time."""
     from fraqat_compiler import terminal
     from fraqat_compiler.progress import RichProgress
-    from fraqat_compiler.replay import profile_folder
+    from fraqat_compiler.replay import estimate_folder, profile_folder
 
-    profile = dataclasses.asdict(profile_folder(folder, RichProgress()))
+    profile, estimate = dataclasses.asdict(profile_folder(folder, RichProgress())), estimate_folder(folder)
+    profile["estimate"] = dataclasses.asdict(estimate) if estimate else None
     return Answer(profile, lambda console: terminal.show_profile(console, profile, ops))
 
 

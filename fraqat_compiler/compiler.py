@@ -437,8 +437,13 @@ class _Compilation:
                 "details": dict(artifact.details),
             },
             "profile": dataclasses.asdict(profile),
+            "estimate": self._estimate(model_path),
             "warnings": self.warnings,
         }
+
+    def _estimate(self, model_path: Path) -> dict[str, Any] | None:
+        estimate = self.target.estimate(model_path)
+        return dataclasses.asdict(estimate) if estimate else None
 
     def _file_summary(self, student: GraphModule, model_path: Path) -> dict[str, Any]:
         """Size of the file beside what the bit widths demand: their tensors, and the graph that holds them."""

@@ -16,7 +16,9 @@ from fraqat_compiler.manifest import read_manifest
 from fraqat_compiler.report import read_report
 
 # Measured anew by every compile.
-_RUN_DEPENDENT = re.compile(r"^phases\b|\.seconds$|peak_memory_bytes$|latency_ms$|^profile\.(ops|notes)\b")
+_RUN_DEPENDENT = re.compile(
+    r"^phases\b|\.seconds$|peak_memory_bytes$|^(?!estimate\b).*latency_ms$|^profile\.(ops|notes)\b"
+)
 
 
 def explain(folder: Path, name: str) -> dict[str, Any]:

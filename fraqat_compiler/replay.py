@@ -102,6 +102,16 @@ def profile_folder(folder: Path, progress: Progress | None = None) -> Profile:
         return target.profile(artifact, _reference(folder)[0])
 
 
+def estimate_folder(folder: Path) -> Profile | None:
+    """What the target expects the compiled model to take on the real hardware; None where it cannot tell.
+
+    Raises:
+        VerificationError: the folder holds no finished compile.
+    """
+    report = read_report(folder)
+    return parse_target(report["target"]["text"]).estimate(folder / report["onnx"]["path"])
+
+
 def _attempt(name: str, verify: Callable[[], tuple[bool, str]]) -> Check:
     """A check that raises does not hold, and the others still run."""
     try:

@@ -202,6 +202,13 @@ class Target(ABC):
     def profile(self, artifact: Artifact, inputs: Arrays) -> Profile:
         """Profile one inference."""
 
+    def estimate(self, model: Path) -> Profile | None:
+        """How long the ONNX file will take on the real hardware, without it: a Profile of source "estimate".
+
+        Its notes say how far it may err. None, the default, where the target cannot tell.
+        """
+        return None
+
     @abstractmethod
     def load(self, folder: Path, target_text: str) -> Artifact:
         """The artifact that an earlier `compile` left in `folder`, equal to what that returned but for its place.

@@ -62,6 +62,7 @@ def _figures(report: Mapping[str, Any]) -> Table:
         (target["artifact"], format_bytes(target["bytes"])),
         ("nodes on the CPU", format_number(target["fallback_nodes"])),
         ("latency", _latency(report["profile"])),
+        *([("estimate", _latency(report["estimate"]))] if report.get("estimate") else []),
     ]
     return table(str(model["name"]), ("", ""), rows, texts=2)
 
@@ -74,6 +75,8 @@ def _layer_counts(layers: Rows) -> str:
 def _latency(profile: Mapping[str, Any]) -> str:
     if profile["latency_ms"] is None:
         return f"not known to a {profile['source']}"
+    if profile["source"] == "estimate":
+        return f"{profile['latency_ms']:.3f} ms, estimated"
     return f"{profile['latency_ms']:.3f} ms, measured by: {profile['source']}"
 
 
@@ -166,9 +169,12 @@ def _verdict(holds: bool) -> Text:
 def show_profile(console: Console, profile: Mapping[str, Any], shown: int = SHOWN_OPS) -> None:
     """Where the time goes."""
     if profile["ops"]:
-        console.print(_op_table(f"ops, in {profile['unit']}", profile["ops"][:shown]))
+        console.print(_op_table(f"ops, in {profile['unit']} ({profile['source']})", profile["ops"][:shown]))
     notes = [f"latency: {_latency(profile)}", *profile["notes"]]
     console.print(lines(notes), soft_wrap=True)
+    if profile.get("estimate"):
+        console.print()
+        show_profile(console, profile["estimate"], shown)
 
 
 def _op_table(title: str, ops: Sequence[Mapping[str, Any]]) -> Table:

@@ -355,7 +355,7 @@ def export(build: Callable[[], Built]) -> ModelProto:
         tensor = value.const_value
         if tensor is not None and (tensor.size > SMALL or name in program.state_dict):
             value.const_value = onnx_ir.ExternalTensor(
-                "weights", 0, tensor.nbytes, tensor.dtype, shape=onnx_ir.Shape(tensor.shape), name=name
+                "weights", 0, tensor.nbytes, tensor.dtype, shape=onnx_ir.Shape(tensor.shape.numpy()), name=name
             )
     onnxscript.optimizer.fold_constants(exported.model, onnx_shape_inference=False, input_size_limit=0)
     onnx_ir.passes.common.InlinePass()(exported.model)

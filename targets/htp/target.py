@@ -22,8 +22,10 @@ from fraqat_compiler.quant_spec import QuantSpec, Unquantized
 from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target, TensorRequest
 from fraqat_compiler.targets.htp.client import NO_FALLBACK, QnnError, QnnProcess
 from fraqat_compiler.targets.htp.context_binary import BinaryFacts, read_binary
+from fraqat_compiler.targets.htp.cost_model import estimate, known_models, to_profile
 from fraqat_compiler.targets.htp.log_messages import explain
 from fraqat_compiler.targets.htp.node_support import Refusal, refusals
+from fraqat_compiler.targets.htp.op_counts import count_ops
 from fraqat_compiler.targets.htp.profile_csv import NOTES, read_profile
 from fraqat_compiler.targets.htp.rules import wrong_nodes
 from fraqat_compiler.targets.htp.socs import Soc, find_soc
@@ -182,6 +184,14 @@ class HtpTarget(Target):
             process.unload()
             ops = read_profile(path)
         return Profile(source="simulator", ops=ops, unit="cycles", notes=NOTES)
+
+    def estimate(self, model: Path) -> Profile | None:
+        """From what the graph has to do; None for a SoC, or a performance mode, that was not measured."""
+        known = known_models().get(self.chip.part)
+        if known is None or self.performance_mode != "burst":
+            return None
+        ops = count_ops(read_model(model))
+        return to_profile(ops, estimate(ops, known.rates, self.vtcm_mb or self.chip.vtcm_mb), known)
 
     def load(self, folder: Path, target_text: str) -> Artifact:
         if not (folder / CONTEXT_FILE).is_file():
