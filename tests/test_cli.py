@@ -143,6 +143,14 @@ def test_verify_holds(fraqat: Cli, compiled: Path) -> None:
     assert "parity target" not in fraqat("verify", compiled, "--no-target").out
 
 
+def test_verify_compares_layers_when_asked(fraqat: Cli, compiled: Path) -> None:
+    found = fraqat("verify", compiled, "--layers", "--json")
+    assert found.status == 0
+    assert "layers" not in fraqat("verify", compiled, "--json").json
+    assert all(layer["max_lsb"] <= 1.01 and not layer["is_wrong"] for layer in found.json["layers"])
+    assert "none is computed wrongly" in fraqat("verify", compiled, "--layers").out
+
+
 def test_verify_finds_a_weight_that_was_changed(fraqat: Cli, compiled: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(compiled, folder)
