@@ -1,10 +1,9 @@
-"""Asking ONNX Runtime about one node at a time: when it refuses a whole model it names one node or none."""
+"""Asking a runtime about one node at a time: one that refuses a whole model names one node or none."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-import onnxruntime as ort
 from onnx import (
     AttributeProto,
     ModelProto,
@@ -19,16 +18,19 @@ from onnx import (
 LARGEST_CONSTANT = 1024  # elements; shapes, axes and scales must be constants, while a weight may as well be an input
 
 
-def refusals(model: ModelProto) -> dict[int, str]:
-    """What ONNX Runtime says against nodes on its CPU provider, by their place in the graph.
+def refusals(model: ModelProto, ask: Callable[[ModelProto], str | None]) -> dict[int, str]:
+    """What a runtime says against nodes, by their place in the graph.
 
     A node whose inputs have no known type, because a refused node makes them, is not asked.
+
+    Args:
+        ask: given a model of one node, what the runtime says against it; None where it takes it.
     """
     inferred = shape_inference.infer_shapes(model)
     values = {value.name: value for value in (*inferred.graph.value_info, *inferred.graph.input)}
     constants = {tensor.name: tensor for tensor in inferred.graph.initializer}
     alone = (_alone(node, inferred, values, constants) for node in inferred.graph.node)
-    reasons = {index: _reason(probe) for index, probe in enumerate(alone) if probe is not None}
+    reasons = {index: ask(probe) for index, probe in enumerate(alone) if probe is not None}
     return {index: reason for index, reason in reasons.items() if reason is not None}
 
 
@@ -64,21 +66,3 @@ def _is_small(tensor: TensorProto) -> bool:
 
 def _as_value(tensor: TensorProto) -> ValueInfoProto:
     return helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-
-
-def _reason(model: ModelProto) -> str | None:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no public base
-        return plain(error)
-    return None
-
-
-def plain(error: BaseException) -> str:
-    """The runtime's words without its prefix of codes, as one line."""
-    text = " ".join(str(error).split())
-    words = text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
-    return words.rstrip(". ")

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 import onnx
 import onnxruntime as ort
+from onnx import ModelProto
 
 from fraqat_compiler.errors import OutputError, TargetError
 from fraqat_compiler.host_timing import milliseconds_of_runs
@@ -20,7 +21,7 @@ from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
 from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target, TensorRequest
 from fraqat_compiler.targets.model_file import data_files, read_model
-from fraqat_compiler.targets.node_probe import plain, refusals
+from fraqat_compiler.targets.node_probe import refusals
 from fraqat_compiler.targets.op_times import op_times
 
 Level = Literal["none", "basic", "extended", "all"]
@@ -72,7 +73,7 @@ class OnnxRuntimeTarget(Target):
             onnx.checker.check_model(str(model))
             _open(model, "none", self.threads)
         except Exception as error:  # onnxruntime's exceptions share no public base
-            refused = refusals(graph)
+            refused = refusals(graph, _against)
             if not refused:  # no node is to blame alone: the model is
                 raise TargetError(f"{model.name} is refused: {plain(error)}.") from error
         else:
@@ -181,6 +182,21 @@ def _options(level: Level, threads: int) -> ort.SessionOptions:
     options.intra_op_num_threads = threads
     options.log_severity_level = _SILENT
     return options
+
+
+def _against(model: ModelProto) -> str | None:
+    try:
+        ort.InferenceSession(model.SerializeToString(), _options("none", 1), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no public base
+        return plain(error)
+    return None
+
+
+def plain(error: BaseException) -> str:
+    """The runtime's words without its prefix of codes, as one line."""
+    text = " ".join(str(error).split())
+    words = text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
+    return words.rstrip(". ")
 
 
 def _finding(node: str, op: str, reason: str | None) -> Finding:
