@@ -126,6 +126,22 @@ def latest(folder: Path, run: dict[str, Any], warn: Callable[[str], None] = lamb
     return None
 
 
+def at_step(folder: Path, step: int, run: dict[str, Any]) -> Checkpoint:
+    """The checkpoint of one step.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or belongs to another run.
+    """
+    checkpoint = _read(folder / f"{_PREFIX}{step:08d}")
+    if checkpoint is None:
+        raise CheckpointError(
+            f"the checkpoint of step {step} in {folder} is missing or damaged, and the fine-tune has to go back to it.",
+            "Leave --resume out to start anew.",
+        )
+    _refuse_other_run(checkpoint, run)
+    return checkpoint
+
+
 def _complete(folder: Path) -> list[Path]:
     found = (path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdecimal())
     return sorted(found, key=_step)

@@ -28,15 +28,17 @@ from torch.utils import _pytree as pytree
 
 from fraqat_compiler import checkpoint as checkpoints
 from fraqat_compiler import fine_tune_state
+from fraqat_compiler.bit_width_scheduler import Stretch, scheduler_for
 from fraqat_compiler.calibration import Batch, run_batch
 from fraqat_compiler.checkpoint import Checkpoint
 from fraqat_compiler.errors import DataError, TrainingError, UsageError, cause_of
 from fraqat_compiler.interrupt import uninterrupted
 from fraqat_compiler.layers import end_widths
 from fraqat_compiler.progress import Progress
-from fraqat_compiler.schedule import BitWidthSchedule, BitWidthScheduler
+from fraqat_compiler.schedule import BitWidthSchedule
 from fraqat_compiler.training_data import Data, endless
 
+DIVERGENCE_WINDOW, DIVERGENCE_FACTOR = 10, 10.0
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}  # where torch has AdamW as one kernel
 
 
@@ -114,7 +116,7 @@ class FineTuneResult:
     """What a fine-tune leaves besides the changed student.
 
     Attributes:
-        schedule: one entry a stage: bits, steps, and the mean loss of its last tenth.
+        schedule: one entry a stage as it was walked: bits, steps, and the mean loss of its last tenth.
         losses: loss of every step.
         resumed_from: step that the run went on from; 0 for a run from the start.
     """
@@ -152,7 +154,8 @@ def fine_tune(
         progress: hears of each step.
 
     Raises:
-        TrainingError: the loss or a gradient is NaN or infinite (checkpoints stay); or there is nothing to train.
+        TrainingError: the loss or a gradient is NaN or infinite, or the loss explodes (checkpoints stay), or there is
+            nothing to train.
         DataError: the data yields nothing, or a batch that does not run through the teacher.
         CheckpointError: `resume` on a damaged checkpoint or one of another run.
         UsageError: fewer steps than stages.
@@ -210,9 +213,7 @@ class _Loop:
             weight_decay=self.config.weight_decay,
             fused=self.device.type in FUSED_DEVICES,
         )
-        self.scheduler = BitWidthScheduler(
-            self.student, self.config.schedule, self.config.steps, end_widths(self.student)
-        )
+        self.scheduler = scheduler_for(self.student, self.config.schedule, self.config.steps, end_widths(self.student))
         self.saved = 0  # step of the newest checkpoint; before the first step there is nothing to save
 
     def run(self) -> FineTuneResult:
@@ -242,14 +243,36 @@ class _Loop:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip or math.inf)
         value = float(loss.detach())
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise self._diverged(step, value)
+        if not (math.isfinite(value) and math.isfinite(norm)) or self._exploded(value):
+            self._diverge(step, value)
+            return
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(step)
         self.optimizer.step()
-        self.losses.append(value)
-        self.progress.update(step + 1, f"{self._stage()}, loss {value:.4g}")
-        self.scheduler.step()
+        self._finish_step(step, value)
+
+    def _finish_step(self, step: int, loss: float) -> None:
+        self.losses.append(loss)
+        self.progress.update(step + 1, f"{self._stage()}, loss {loss:.4g}")
+        back_to = self.scheduler.step(loss)
+        if back_to is not None:
+            self._go_back(back_to)
+
+    def _diverge(self, step: int, loss: float) -> None:
+        """Go back where the schedule can, else stop."""
+        if not self.scheduler.can_go_back:
+            raise self._diverged(step, loss)
+        self._finish_step(step, math.nan)
+
+    def _exploded(self, loss: float) -> bool:
+        """Whether the mean over DIVERGENCE_WINDOW steps is above 1 and DIVERGENCE_FACTOR times the stage's first loss.
+
+        Adam's first steps at a wide grid may well multiply a tiny loss, so growth alone is no divergence.
+        """
+        losses = [*self.losses[self.scheduler.stretches[-1].first :], loss]
+        if len(losses) < DIVERGENCE_WINDOW or loss < 1:
+            return False
+        return bool(np.mean(losses[-DIVERGENCE_WINDOW:]) > max(1.0, DIVERGENCE_FACTOR * losses[0]))
 
     def _target(self, step: int, batch: Batch) -> Any:
         try:
@@ -264,7 +287,7 @@ class _Loop:
             ) from error
 
     def _keep(self, done: int) -> None:
-        if done % self.config.checkpoint_every == 0 or done in self.scheduler.stage_ends:
+        if done % self.config.checkpoint_every == 0 or self.scheduler.at_boundary:
             self._save()
 
     # Words
@@ -295,12 +318,17 @@ class _Loop:
         )
 
     def _history(self) -> list[dict[str, Any]]:
-        history, start = [], 0
-        for bits, steps in self.scheduler.stages:
-            tail = self.losses[start + steps - max(steps // 10, 1) : start + steps]
-            history.append({"bits": bits, "steps": steps, "loss": float(np.mean(tail))})
-            start += steps
-        return history
+        stretches = [stretch for stretch in self.scheduler.stretches if stretch.last > stretch.first]
+        return [
+            {"bits": stretch.bit_width, "steps": stretch.last - stretch.first, "loss": self._last_loss(stretch)}
+            for stretch in stretches
+        ]
+
+    def _last_loss(self, stretch: Stretch) -> float:
+        """Mean of the last tenth; of a stretch that began with NaN, the loss before it."""
+        losses = self.losses[stretch.first : stretch.last]
+        finite = [loss for loss in losses[-max(len(losses) // 10, 1) :] if math.isfinite(loss)]
+        return float(np.mean(finite or [loss for loss in self.losses[: stretch.last] if math.isfinite(loss)][-1:]))
 
     # State
 
@@ -314,7 +342,7 @@ class _Loop:
             "scheduler": self.scheduler.state_dict(),
             "fitted": fine_tune_state.fitted_widths(self.student),
         }
-        milestones = self.scheduler.stage_ends if self.config.keep_stage_ends else ()
+        milestones = self.scheduler.needed | (self.scheduler.boundaries if self.config.keep_stage_ends else set())
         checkpoints.save(self.folder, Checkpoint(done, tensors, state, self.run_identity), milestones)
         self.saved = done
 
@@ -327,3 +355,11 @@ class _Loop:
         self.losses = found.tensors["losses"].tolist()
         self.scheduler.load_state_dict(found.state["scheduler"])
         self.resumed_from = self.saved = found.step
+
+    def _go_back(self, step: int) -> None:
+        """Take the weights of an earlier step; the data and the budget go on."""
+        found = checkpoints.at_step(self.folder, step, self.run_identity)
+        fine_tune_state.load(found, self.student, self.parameters, self.optimizer)
+        self.progress.note(
+            f"The stage that began after step {step} diverged; its weights are back, and the stage before it goes on."
+        )

@@ -6,33 +6,54 @@ A schedule is pure data: stages in order, each with its share of the budget. Fra
 
 from __future__ import annotations
 
-import bisect
-import difflib
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar
 
-from torch.fx import GraphModule
-
+from fraqat_compiler import pipeline_text
 from fraqat_compiler.errors import PipelineSyntaxError, QuantizationError, UsageError
-from fraqat_compiler.layers import set_weight_bit_width
 from fraqat_compiler.quant_spec import code_range
+from fraqat_compiler.schedule_shapes import FRAQAT, SHAPES, Shape, Stage
 
-# Share of the budget at the end width; FraQAT spends 14 of 25 epochs there.
-END_SHARE = 14 / 25
-FRAQAT = ((8, 1), (7, 1), (6, 1), (5.5, 1), (5, 1), (4.75, 2), (4.5, 2), (4.25, 2), (4, 14))
-START_WIDTH = 8.0
-GEOMETRIC_STAGES = 9
-CONTINUOUS_STAGES = 33
+__all__ = ["FRAQAT", "NAMED", "BitWidthSchedule", "Plateau", "Stage", "parse_schedule"]
 
 
-class Stage(NamedTuple):
-    """One stage: a width, and its share of the budget in any unit."""
+@dataclass(frozen=True)
+class Plateau:
+    """A stage ends when its loss has stopped falling; a stage that diverges is rolled back and the one before it held.
 
-    bit_width: float
-    share: float
+    The loss is looked at in means over `window` steps. A stage is over when `patience` of them in succession were not
+    below the stage's best by the share `threshold`, or when its even share of the steps before the end is used up;
+    what it leaves goes to the stages after it. The end width keeps the share of the budget that its schedule gives it.
+    A stage whose mean rises above `divergence` times its first, or whose loss is NaN, is undone: the weights of the
+    stage before it come back, and that stage goes on for `patience` windows before the next attempt, as long as half
+    of the end's steps are left.
+
+    Options: `of`, the schedule whose widths it passes through; `window`, in steps; `patience`, in windows; `threshold`;
+    `divergence`; `attempts`, after so many of them the run fails.
+    """
+
+    name: ClassVar[str] = "plateau"
+    of: str = "fraqat"
+    window: int = 10
+    patience: int = 3
+    threshold: float = 0.02
+    divergence: float = 4.0
+    attempts: int = 3
+
+    def __post_init__(self) -> None:
+        limits = {
+            "window": (self.window >= 1, "1 or more"),
+            "patience": (self.patience >= 1, "1 or more"),
+            "threshold": (0 <= self.threshold < 1, "a share from 0 to less than 1"),
+            "divergence": (self.divergence > 1, "more than 1"),
+            "attempts": (self.attempts >= 1, "1 or more"),
+        }
+        for option, (holds, limit) in limits.items():
+            if not holds:
+                raise UsageError(f"plateau cannot run with {option}={getattr(self, option):g}.", f"It is {limit}.")
 
 
 @dataclass(frozen=True)
@@ -42,6 +63,7 @@ class BitWidthSchedule:
     Attributes:
         name: what it is called in reports and texts.
         stages: at least one.
+        plateau: how the loss ends a stage; None ends each after its share of the budget.
 
     Raises:
         UsageError: no stage, a rising width, a share that is not positive, or a width outside [2, 32].
@@ -49,6 +71,7 @@ class BitWidthSchedule:
 
     name: str
     stages: tuple[Stage, ...]
+    plateau: Plateau | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -90,6 +113,8 @@ class BitWidthSchedule:
         return [(stage.bit_width, count) for stage, count in zip(self.stages, counts, strict=True)]
 
     def __str__(self) -> str:
+        if self.plateau is not None:
+            return pipeline_text.to_text(self.plateau)
         return ",".join(f"{_number(stage.bit_width)}x{_number(stage.share)}" for stage in self.stages)
 
 
@@ -113,28 +138,48 @@ def parse_schedule(text: str, end: float = 4.0) -> BitWidthSchedule:
     """A schedule by name, or by text such as `8x1,7x1,5.5x1,4x14` (width x share; `str` of a schedule parses back).
 
     Args:
-        text: name (see NAMED) or text.
+        text: name with options (see NAMED; `geometric{stages=5 start=6}`), or stages.
         end: width at which the lowest weight ends; a named schedule is fitted to it.
 
     Raises:
-        UsageError: a name that does not exist, an end that no weight can have, or a schedule that does not end there.
+        UsageError: a name or option that does not exist, an end that no weight can have, or a schedule that does not
+            end there.
         PipelineSyntaxError: a text that does not parse.
     """
-    name = text.strip()
+    text = text.strip()
     _refuse_bad_stage(Stage(end, 1))
-    if name in NAMED:
-        return BitWidthSchedule(name, tuple(_merged(NAMED[name](float(end)))))
-    if not name or not (name[0].isdigit() or name[0] in ".-"):
-        near = difflib.get_close_matches(name, NAMED, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise UsageError(f"unknown schedule {name!r}.", f"{hint}Known: {', '.join(NAMED)}, or a text like 8x1,6x1,4x2.")
-    schedule = BitWidthSchedule(name, tuple(_stages(name)))
+    if text[:1].isalpha():
+        return _named(text, float(end))
+    if not text:
+        raise UsageError("the schedule is empty: it names no stage.", f"Known: {', '.join(NAMED)}, or 8x1,6x1,4x2.")
+    schedule = BitWidthSchedule(text, tuple(_stages(text)))
     if schedule.end != end:
         raise UsageError(
-            f"schedule {name!r} ends at {schedule.end:g} bits, the weights at {end:g}.",
+            f"schedule {text!r} ends at {schedule.end:g} bits, the weights at {end:g}.",
             "Let its last stage be the width that --weights asks for.",
         )
     return schedule
+
+
+NAMED: dict[str, type[Shape] | type[Plateau]] = {**SHAPES, Plateau.name: Plateau}
+
+
+def _named(text: str, end: float) -> BitWidthSchedule:
+    item = pipeline_text.parse_one(text, "a schedule")
+    if item.name not in NAMED:
+        hint = pipeline_text.did_you_mean(item.name, NAMED).strip()
+        known = f"Known: {', '.join(NAMED)}, or a text like 8x1,6x1,4x2."
+        raise UsageError(f"unknown schedule {item.name!r}.", f"{hint} {known}".strip())
+    shape = pipeline_text.build(NAMED[item.name], item.options)
+    if isinstance(shape, Plateau):
+        return BitWidthSchedule(text, parse_schedule(shape.of, end).stages, shape)
+    return BitWidthSchedule(text, tuple(_merged(shape.down_to(end))))
+
+
+def _merged(stages: Iterable[Stage]) -> list[Stage]:
+    """Stages with equal widths become one."""
+    groups = itertools.groupby(stages, key=lambda stage: round(stage.bit_width, 6))
+    return [Stage(width, sum(stage.share for stage in group)) for width, group in groups]
 
 
 def _stages(text: str) -> Iterable[Stage]:
@@ -150,112 +195,3 @@ def _stages(text: str) -> Iterable[Stage]:
                 "Write for example 8x1,5.5x1,4x14.",
             ) from None
         position += len(part) + 1
-
-
-def _fraqat(end: float) -> list[Stage]:
-    """FraQAT's stages above the end width; below 4 bits it goes on in the quarter steps that it ends with."""
-    above = [Stage(width, share) for width, share in FRAQAT if width > end]
-    below = [Stage(4 - 0.25 * index, 2) for index in range(math.ceil((4 - end) / 0.25))] if end < 4 else []
-    stages = [stage for stage in above if stage.bit_width > 4] + below
-    return [*stages, Stage(end, FRAQAT[-1][1])]
-
-
-def _widths(widths: Iterable[float]) -> Callable[[float], list[Stage]]:
-    """Stages of equal share at fixed widths above the end; the end has END_SHARE of the budget."""
-    fixed = tuple(widths)
-
-    def stages(end: float) -> list[Stage]:
-        above = [width for width in fixed if width > end]
-        share = (1 - END_SHARE) / len(above) if above else 0
-        return [*(Stage(width, share) for width in above), Stage(end, END_SHARE)]
-
-    return stages
-
-
-def _geometric(end: float) -> list[Stage]:
-    """Equal ratios between the grid steps of neighbours: the step goes with 1 / (2^(b-1) - 1)."""
-    start = max(START_WIDTH, end)
-    first, last = math.log(2 ** (start - 1) - 1), math.log(2 ** (end - 1) - 1)
-    logs = [first + (last - first) * index / (GEOMETRIC_STAGES - 1) for index in range(GEOMETRIC_STAGES - 1)]
-    return _widths(math.log2(math.exp(log) + 1) + 1 for log in logs)(end)
-
-
-def _continuous(shape: Callable[[float], float]) -> Callable[[float], list[Stage]]:
-    """Width falls from 8 along `shape` (1 at progress 0, 0 at 1), finely sampled."""
-
-    def stages(end: float) -> list[Stage]:
-        drop = max(START_WIDTH - end, 0)
-        return _widths(end + drop * shape(index / CONTINUOUS_STAGES) for index in range(CONTINUOUS_STAGES))(end)
-
-    return stages
-
-
-NAMED: dict[str, Callable[[float], list[Stage]]] = {
-    "fraqat": _fraqat,
-    "integer": _widths((8, 7, 6, 5, 4, 3)),
-    "coarse": _widths((16, 8)),
-    "direct": _widths(()),
-    "geometric": _geometric,
-    "linear": _continuous(lambda progress: 1 - progress),
-    "cosine": _continuous(lambda progress: (1 + math.cos(math.pi * progress)) / 2),
-}
-
-
-def _merged(stages: Iterable[Stage]) -> list[Stage]:
-    """Stages with equal widths become one."""
-    groups = itertools.groupby(stages, key=lambda stage: round(stage.bit_width, 6))
-    return [Stage(width, sum(stage.share for stage in group)) for width, group in groups]
-
-
-class BitWidthScheduler:
-    """Sets the widths of a student's weights as steps go by, stepped like a `torch.optim.lr_scheduler`.
-
-    A weight whose end width is above the stage's stays at its own end.
-
-    Attributes:
-        stages: (bit_width, steps) of each stage.
-        stage_ends: the step after which each stage is over.
-        last_step: optimizer steps done.
-
-    Args:
-        student: graph with fake quants.
-        schedule: the stages.
-        budget: steps of the whole fine-tune.
-        end_widths: width at which each weight ends, by tensor name.
-    """
-
-    def __init__(
-        self, student: GraphModule, schedule: BitWidthSchedule, budget: int, end_widths: dict[str, float]
-    ) -> None:
-        self.stages = schedule.steps(budget)
-        self.stage_ends = list(itertools.accumulate(count for _, count in self.stages))
-        self._student, self._end_widths = student, end_widths
-        self.last_step = 0
-        self._apply()
-
-    @property
-    def stage(self) -> int:
-        """Index of the stage that the next step belongs to."""
-        return min(bisect.bisect_right(self.stage_ends, self.last_step), len(self.stages) - 1)
-
-    @property
-    def bit_width(self) -> float:
-        """Width of that stage."""
-        return self.stages[self.stage][0]
-
-    def step(self) -> None:
-        """One optimizer step is done."""
-        before = self.stage
-        self.last_step += 1
-        if self.stage != before:
-            self._apply()
-
-    def state_dict(self) -> dict[str, int]:
-        return {"last_step": self.last_step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.last_step = state["last_step"]
-        self._apply()
-
-    def _apply(self) -> None:
-        set_weight_bit_width(self._student, self._end_widths, self.bit_width)

@@ -29,6 +29,7 @@ from fraqat_compiler.pass_base import PassContext
 from fraqat_compiler.passes.insert_fake_quant import InsertFakeQuant
 from fraqat_compiler.progress import Progress
 from fraqat_compiler.schedule import parse_schedule
+from fraqat_compiler.training_data import Data
 
 # What takes long to load; the server cannot load this file, which lies outside every package.
 HEAVY = ["fraqat_compiler.capture", "fraqat_compiler.fine_tune", "fraqat_compiler.passes.insert_fake_quant"]
@@ -60,15 +61,16 @@ def train(
     resume: bool = False,
     steps: int = 60,
     lr: float = 1e-3,
-    keep_stage_ends: bool = False,
+    schedule: str = "fraqat",
+    batches: Data = data,
+    tuning: dict[str, Any] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> tuple[GraphModule, FineTuneResult]:
+    """Fine-tune a new student; `tuning` are fields of the config, `options` those of insert-fake-quant."""
     teacher, student = build(**options)
-    config = FineTuneConfig(
-        parse_schedule("fraqat"), steps=steps, lr=lr, checkpoint_every=3, keep_stage_ends=keep_stage_ends
-    )
-    return student, fine_tune(student, teacher, data, config, folder=folder, resume=resume, progress=progress)
+    config = FineTuneConfig(parse_schedule(schedule), steps=steps, lr=lr, checkpoint_every=3, **(tuning or {}))
+    return student, fine_tune(student, teacher, batches, config, folder=folder, resume=resume, progress=progress)
 
 
 def run(folder: Path, result: Path, resume: bool, options: dict[str, Any]) -> None:

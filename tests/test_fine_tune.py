@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -60,7 +61,11 @@ def test_only_what_wants_a_gradient_is_trained(tmp_path: Path) -> None:
     assert moved == before.keys() - {"2.weight"}
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_range": "mse"}], ids=["minmax", "mse"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_range": "mse"}, {"schedule": "plateau{window=2 patience=1 divergence=1.01}"}],
+    ids=["minmax", "mse", "plateau"],
+)
 def test_resume_after_kill_9_ends_bit_identical(tmp_path: Path, options: dict[str, Any]) -> None:
     """Killed for real at random moments; as every third step writes a checkpoint, some fall into the writing of one."""
     whole, result, folder = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors", tmp_path / "killed"
@@ -115,17 +120,23 @@ def test_ctrl_c_between_two_steps(tmp_path: Path) -> None:
 def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(tmp_path: Path) -> None:
     """Pressed when the weights have moved and the schedule has not."""
 
-    class Pressed(Progress):
-        def update(self, done: int, detail: str = "") -> None:
-            if done == 5:
-                signal.raise_signal(signal.SIGINT)
-
     with pytest.raises(KeyboardInterrupt, match="after step 5 of 20"):
-        train(tmp_path / "stopped", steps=20, progress=Pressed())
+        train(tmp_path / "stopped", steps=20, progress=_PressedAt(5))
     again, _ = train(tmp_path / "stopped", steps=20, resume=True)
     whole, _ = train(tmp_path / "whole", steps=20)
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name))
+
+
+class _PressedAt(Progress):
+    """Presses Ctrl-C within a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def update(self, done: int, detail: str = "") -> None:
+        if done == self.step:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _pressed_at_once() -> list[tuple[Tensor]]:
@@ -160,7 +171,7 @@ def test_a_finished_run_resumes_to_its_end(tmp_path: Path) -> None:
 
 
 def test_stage_ends_are_kept_on_request(tmp_path: Path) -> None:
-    train(tmp_path, steps=18, keep_stage_ends=True)
+    train(tmp_path, steps=18, tuning={"keep_stage_ends": True})
     ends = [1, 2, 3, 4, 5, 6, 7, 8, 18]
     assert set(ends) < {*steps_kept(tmp_path)}
     assert steps_kept(tmp_path) == [*ends[:-1], 15, 18]
@@ -177,6 +188,34 @@ def test_nan_stops_the_stage_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=told):
         fine_tune(student, teacher, poisoned, config, folder=tmp_path)
     assert steps_kept(tmp_path) == [5, 10]
+
+
+def test_a_plateau_undoes_the_stage_that_met_nan_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    """The weights of the stage before are back: nothing of the undone steps is left but their batches."""
+
+    def poisoned() -> Iterator[tuple[Tensor]]:
+        for index in range(40):
+            yield (torch.full((16, 8), float("nan")) if index == 20 else torch.randn(16, 8),)
+
+    options: dict[str, Any] = {"schedule": "plateau{of=8,6,4}", "batches": poisoned, "steps": 40}
+    whole, result = train(tmp_path / "whole", **options)
+    assert [(entry["bits"], entry["steps"]) for entry in result.schedule] == [(8, 13), (6, 8), (8, 11), (6, 1), (4, 7)]
+    assert all(math.isfinite(entry["loss"]) for entry in result.schedule)
+    for stop in (19, 26):  # before the NaN, and while the stage before is held
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "part", resume=stop > 19, progress=_PressedAt(stop), **options)
+    again, resumed = train(tmp_path / "part", resume=True, **options)
+    assert resumed.resumed_from == 26
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+
+
+def test_a_loss_that_explodes_stops_the_stage(tmp_path: Path) -> None:
+    teacher, student = build()
+    config = FineTuneConfig(parse_schedule("8x1,4x1"), steps=200, lr=3.0, grad_clip=None, checkpoint_every=5)
+    with pytest.raises(TrainingError, match=r"diverged at step \d+, in stage 1/2, 8 bits: the loss is [\d.e+]+, and"):
+        fine_tune(student, teacher, data, config, folder=tmp_path)
+    assert steps_kept(tmp_path)[-1] >= 5
 
 
 def test_an_infinite_gradient_names_its_parameter(tmp_path: Path) -> None:
