@@ -134,6 +134,12 @@ def _elu(x: Value, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 
     return op.Elu(x, alpha=alpha) if scale == 1.0 else op.Selu(x, alpha=alpha, gamma=scale)
 
 
+def _rms_norm(x: Value, normalized_shape: Sequence[int], weight: Value = None, eps: float | None = None) -> Value:
+    """RMSNormalization, which opset 23 has; only of a weight is the gamma known that it asks for."""
+    epsilon = torch.finfo(torch.float32).eps if eps is None else eps
+    return onnxscript.opset23.RMSNormalization(x, weight, axis=-len(normalized_shape), epsilon=epsilon)
+
+
 def _index(x: Value, indices: Sequence[Value | None]) -> Value:
     """Gathers where each index picks along a dimension of its own: `x[:, i]`, rows and columns `x[i[:, None], j]`.
 
@@ -177,6 +183,12 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+# Ops that an opset has and the ones before it lack.
+_TRANSLATIONS_SINCE: dict[int, dict[Callable[..., Any], Callable[..., Any]]] = {
+    23: {torch.ops.aten.rms_norm.default: _rms_norm},
+}
+
+
 def translate(program: ExportedProgram, opset: int) -> ir.Model:
     """The program as an onnx-ir model, shape arithmetic folded.
 
@@ -191,7 +203,7 @@ def translate(program: ExportedProgram, opset: int) -> ir.Model:
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
-                custom_translation_table=_TRANSLATIONS,
+                custom_translation_table=_translations(opset),
                 opset_version=opset,
                 optimize=False,
                 verbose=False,
@@ -200,6 +212,11 @@ def translate(program: ExportedProgram, opset: int) -> ir.Model:
         raise _translation_error(error, program) from error
     assert exported is not None
     return exported.model
+
+
+def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    newer = [table for since, table in _TRANSLATIONS_SINCE.items() if opset >= since]
+    return {op: translate for table in (_TRANSLATIONS, *newer) for op, translate in table.items()}
 
 
 def _normalize_clamps(program: ExportedProgram) -> None:

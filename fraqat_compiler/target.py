@@ -33,6 +33,7 @@ class TensorRequest:
         activation_bit_width: width of the activations around it.
         channel_axis: the dimension of a weight that counts output channels; None for other roles.
         depthwise: the weight belongs to a depthwise or grouped convolution.
+        function: that node's own name, as `aten.sigmoid`.
     """
 
     op: str
@@ -42,6 +43,7 @@ class TensorRequest:
     activation_bit_width: float
     channel_axis: int | None = None
     depthwise: bool = False
+    function: str = ""
 
 
 @dataclass(frozen=True)

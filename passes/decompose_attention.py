@@ -21,7 +21,8 @@ class DecomposeAttention(FxPass):
 
     Before: `scaled_dot_product_attention(q, k, v, mask)`. After: `matmul(softmax(matmul(q * scale, k^T) + mask), v)`
     with scale = 1 / sqrt(head size) unless given. A causal or boolean mask becomes an additive one that holds
-    `mask_value` (finite, because a quantizer has to span it). Does nothing to a graph without the fused call.
+    `mask_value` (finite, because a quantizer has to span it); one that lets all pass is dropped. Does nothing to a
+    graph without the fused call.
     """
 
     name: ClassVar[str] = "decompose-attention"
@@ -61,6 +62,8 @@ class DecomposeAttention(FxPass):
         if mask is None or mask.meta["val"].dtype is not torch.bool:
             return mask  # type: ignore[no-any-return]
         constant = fx_graph.constant_of(model, mask)
+        if constant is not None and bool(constant.all()):
+            return None
         if constant is not None:
             return fx_graph.add_constant(model, node, f"{node.name}_mask", (~constant).float() * self.mask_value)
         kept = fx_graph.call(node, _aten._to_copy.default, (mask,), {"dtype": torch.float32})

@@ -223,6 +223,7 @@ class _Insertion:
             activation_bit_width=activation_bit_width if activation_bit_width is not None else 32,
             channel_axis=channel_axis,
             depthwise=ops.groups(node) > 1,
+            function=op_name(node),
         )
 
     def _weight_quantizer(

@@ -46,9 +46,10 @@ class Phase:
 
 
 class PhaseMeter(Progress):
-    """Hears of the phases and measures each."""
+    """Hears of the phases, measures each and, unless told not to, says on stderr that it begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, verbose: bool = True) -> None:
+        self.verbose = verbose
         self.phases: list[Phase] = []
         self._process = psutil.Process()
         self._running = threading.Event()
@@ -58,7 +59,8 @@ class PhaseMeter(Progress):
         """Measure around a block; sampling sees what native code allocates too."""
         before = self._memory()
         measured = Phase(name, 0.0, before, before)
-        print(f"{name} ...", file=sys.stderr)
+        if self.verbose:
+            print(f"{name} ...", file=sys.stderr)
         self._running.set()
         sampler = threading.Thread(target=self._sample, args=(measured,), daemon=True)
         sampler.start()

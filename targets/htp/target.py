@@ -36,6 +36,8 @@ CONTEXT_FILE = "htp_context.onnx"
 BINARY_FILE = "htp_context_qnn.bin"
 LOG_FILE = "htp.log"
 OLDEST_GLIBC = (2, 35)
+SIGMOIDS = frozenset({"aten.sigmoid", "aten.hardsigmoid"})
+HIGHEST_SIGMOID = 65535 / 65536
 SOFTMAX_AT_8_BITS = 16  # elements up to which it is right within 3 LSB
 
 
@@ -83,25 +85,34 @@ class HtpTarget(Target):
     def quant_spec(self, request: TensorRequest) -> QuantSpec | Unquantized:
         """What the library takes: symmetric signed weights, unsigned activations, u8 norm weights.
 
-        A lookup table is per tensor at 8 bits, because a Gather has one scale. Depthwise kernels keep 8 bits at 16-bit
-        activations, where 4-bit ones stray by 26 to 62 LSB. A softmax over many elements has 16 bits: at 8 the library
-        computes a flat one too large, by 19 % at 256 elements and more than twofold at 1024.
+        A lookup table is per tensor at 8 bits and unsigned like activations, because a Gather has one grid. Depthwise
+        kernels keep 8 bits at 16-bit activations, where 4-bit ones stray by 26 to 62 LSB. A softmax over many elements
+        has 16 bits: at 8 the library computes a flat one too large, by 19 % at 256 elements and more than twofold at
+        1024. A sigmoid at 16 bits spans [0, 1): the library gives it that grid whatever the file says, and then scales
+        the bias of a layer behind it wrongly.
         """
         spec = super().quant_spec(request)
         if isinstance(spec, Unquantized):
             return spec
+        if request.function in SIGMOIDS and request.role == "activation" and spec.bit_width == 16:
+            return dataclasses.replace(spec, range_max=HIGHEST_SIGMOID)
         if request.op == "softmax" and request.role == "activation" and request.shape[-1] > SOFTMAX_AT_8_BITS:
             return dataclasses.replace(spec, bit_width=max(spec.bit_width, 16))
         if request.role != "weight":
             return spec
         if request.op == "embedding":
-            return QuantSpec(bit_width=8)
+            return QuantSpec(bit_width=8, symmetric=False, signed=False)
         if request.depthwise and request.activation_bit_width > 8:
             return dataclasses.replace(spec, bit_width=max(spec.bit_width, 8))
         return spec
 
+    def prepare_pipeline(self) -> str:
+        return super().prepare_pipeline().replace("decompose-attention", "fuse-rms-norm,decompose-attention")
+
     def lower_pipeline(self) -> str:
-        return super().lower_pipeline().replace("pack-int4", "expand-constants,pack-int4")
+        """Opset 23 has RMSNormalization."""
+        text = super().lower_pipeline().replace("export-onnx", "export-onnx{opset=23}")
+        return text.replace("pack-int4", "convert-widths,expand-constants,pack-int4")
 
     def check(self, model: Path) -> list[Finding]:
         """Ask the library itself: it prepares the whole graph, and names what it refuses."""
