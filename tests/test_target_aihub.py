@@ -461,9 +461,9 @@ def test_a_compile_that_is_killed_in_mid_wait_is_resumed(
     running.wait()
 
     before = polls(server)
-    threading.Thread(target=interrupt_once, args=(lambda: polls(server) > before + 1,)).start()
+    threading.Thread(target=interrupt_once, args=(lambda: polls(server) > before + 1,), daemon=True).start()
     status, out, err = fraqat(*command, "--resume")
-    assert (status, out) == (130, "")
+    assert (status, out) == (130, ""), err
     assert "goes on: http" in err and "remote jobs are kept" in err and "--resume goes on from there" in err
 
     server.gate.set()

@@ -25,8 +25,8 @@ from fraqat_compiler.target import Arrays
 T = TypeVar("T")
 CONFIGURE = "qai-hub configure --api_token TOKEN"
 NO_TOKEN = (
-    "no API token is configured. Sign in at https://workbench.aihub.qualcomm.com, copy the token from Settings,\n"
-    f"and run: {CONFIGURE}"
+    "no API token is configured: copy yours from Settings at https://workbench.aihub.qualcomm.com,\n"
+    f"then run {CONFIGURE}"
 )
 PAGE = 50  # job summaries asked for at once
 CLOCKS_DIFFER = 3600  # seconds by which AI Hub's clock may be behind ours
