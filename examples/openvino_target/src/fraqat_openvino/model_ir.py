@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import openvino as ov
+from onnx import GraphProto
 from openvino import opset13
 
 from fraqat_compiler.errors import TargetError
@@ -39,11 +40,20 @@ def convert(path: Path) -> ov.Model:
         model = core().read_model(path)
     except RuntimeError as error:  # all that OpenVINO raises
         raise TargetError(f"OpenVINO cannot convert {path.name}: {plain(error)}.") from error
-    for port, output in zip(model.outputs, graph.output, strict=True):
-        port.get_tensor().set_names({output.name})  # a removed Identity leaves its input's name here too
+    name_outputs(model, graph)
     expand_int4(model)
     name_stably(model, {node.name for node in graph.node} | {name for node in graph.node for name in node.output})
     return model
+
+
+def name_outputs(model: ov.Model, graph: GraphProto) -> None:
+    """Give outputs their one name, and the ops that compute them, which OpenVINO calls after the output, their node's."""
+    makers = {name: node.name for node in graph.node for name in node.output}
+    for port, output in zip(model.outputs, graph.output, strict=True):
+        port.get_tensor().set_names({output.name})  # a removed Identity leaves its input's name beside it
+        op = port.get_node().input_value(0).get_node()
+        if op.get_friendly_name() == output.name and makers.get(output.name):
+            op.set_friendly_name(makers[output.name])
 
 
 def plain(error: BaseException) -> str:

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import openvino as ov
-from numpy.typing import NDArray
 
 from fraqat_compiler.errors import OutputError, TargetError
 from fraqat_compiler.host_timing import milliseconds_of_runs
 from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
 from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target, TensorRequest
-from fraqat_openvino.execution import matrix_precisions, op_times
+from fraqat_openvino.loaded_model import LoadedModel, op_times
 from fraqat_openvino.model_ir import convert, core, plain
 from fraqat_openvino.node_support import findings
 
 MODEL_FILE = "openvino_model.xml"
 WEIGHTS_FILE = "openvino_model.bin"
 WIDEST_ACTIVATION = 8
+VERSION = ov.__version__.partition("-")[0]
 
 
 @dataclass(frozen=True)
@@ -71,32 +70,26 @@ class OpenVinoTarget(Target):
         artifact = Artifact(files[0], files, target_text)
         details = {
             "fallback_nodes": 0,
-            "runtime": f"openvino {ov.__version__}",
+            "runtime": f"openvino {VERSION}",
             "device": str(core().get_property(self.device, "FULL_DEVICE_NAME")),
-            "matrix_precisions": matrix_precisions(self._loaded(artifact)),
+            "matrix_precisions": self._loaded(artifact).matrix_precisions(),
         }
         return Artifact(files[0], files, target_text, details)
 
     def run(self, artifact: Artifact, inputs: Arrays) -> Arrays:
-        compiled = self._loaded(artifact)
-        results = compiled(_fitting(compiled, inputs), share_outputs=False)
-        return {port.any_name: results[port] for port in compiled.outputs}
+        return self._loaded(artifact).run(inputs)
 
     def profile(self, artifact: Artifact, inputs: Arrays) -> Profile:
-        compiled = self._loaded(artifact)
-        request = compiled.create_infer_request()
-        request.infer(_fitting(compiled, inputs))
-        milliseconds = milliseconds_of_runs(request.infer)
-        observed = self._compiled(artifact.path, {"PERF_COUNT": True}).create_infer_request()
-        observed.infer(_fitting(compiled, inputs))
+        milliseconds = milliseconds_of_runs(self._loaded(artifact).request(inputs).infer)
+        observed = LoadedModel.open(artifact.path, self.device, self._options() | {"PERF_COUNT": True})
         note = (
-            f"Median of {len(milliseconds)} runs on {self.device}, openvino {ov.__version__}, "
+            f"Median of {len(milliseconds)} runs on {self.device}, openvino {VERSION}, "
             f"threads: {self.threads or 'default'}."
         )
         return Profile(
             source="host",
             latency_ms=statistics.median(milliseconds),
-            ops=op_times(observed),
+            ops=op_times(observed.request(inputs)),
             notes=(note, "Times of ops are of runs under the profiler, which slows them."),
         )
 
@@ -107,8 +100,8 @@ class OpenVinoTarget(Target):
                 f"OpenVINO finds no device {self.device!r} here, only {', '.join(here)}.", "Set device to one of them."
             )
 
-    def _loaded(self, artifact: Artifact) -> ov.CompiledModel:
-        """The compiled model of an artifact, kept for the next call.
+    def _loaded(self, artifact: Artifact) -> LoadedModel:
+        """The model of an artifact, kept for the next call.
 
         Raises:
             TargetError: a file is missing or damaged.
@@ -121,17 +114,14 @@ class OpenVinoTarget(Target):
         except RuntimeError as error:  # all that OpenVINO raises
             raise TargetError(f"{artifact.path.name} cannot be loaded: {plain(error)}.", "Compile again.") from error
 
-    def _compiled(self, path: Path, more: Mapping[str, Any]) -> ov.CompiledModel:
-        """The model as this target runs it; activations keep the grids of the file, so none is quantized on the fly."""
+    def _options(self) -> dict[str, Any]:
+        """The plugin's properties; activations keep the grids of the file, so none is quantized on the fly."""
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": self.performance_hint.upper(),
             "INFERENCE_PRECISION_HINT": self.precision,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-            **more,
         }
-        if self.threads:
-            options["INFERENCE_NUM_THREADS"] = self.threads
-        return core().compile_model(core().read_model(path), self.device, options)
+        return options | ({"INFERENCE_NUM_THREADS": self.threads} if self.threads else {})
 
 
 def _refusal(model: Path, refused: Sequence[Finding]) -> TargetError:
@@ -143,9 +133,9 @@ def _refusal(model: Path, refused: Sequence[Finding]) -> TargetError:
 
 
 @lru_cache(maxsize=1)
-def _kept(path: Path, changed: tuple[int, ...], target: OpenVinoTarget) -> ov.CompiledModel:
-    """One compiled model is kept, since a sampler runs one many times; `changed` is part of the key only."""
-    return target._compiled(path, {})
+def _kept(path: Path, changed: tuple[int, ...], target: OpenVinoTarget) -> LoadedModel:
+    """One is kept, since a sampler runs one artifact many times; `changed` is part of the key only."""
+    return LoadedModel.open(path, target.device, target._options())
 
 
 def _save(model: ov.Model, output: Path) -> None:
@@ -157,26 +147,3 @@ def _save(model: ov.Model, output: Path) -> None:
                 (Path(scratch) / name).replace(output / name)
     except (OSError, RuntimeError) as error:
         raise OutputError(f"{MODEL_FILE} cannot be written: {plain(error)}.", "Free disk space.") from error
-
-
-def _fitting(compiled: ov.CompiledModel, inputs: Arrays) -> Arrays:
-    """The inputs in the model's types; OpenVINO itself computes with whatever memory holds where one is missing.
-
-    Raises:
-        TargetError: other names, a type that does not convert, or another shape.
-    """
-    ports = {port.any_name: port for port in compiled.inputs}
-    if set(inputs) != set(ports):
-        raise TargetError(f"the inputs are {sorted(inputs)}, not {sorted(ports)}.", "Give every input by its name.")
-    return {name: _cast(name, inputs[name], port) for name, port in ports.items()}
-
-
-def _cast(name: str, array: NDArray[Any], port: ov.Output) -> NDArray[Any]:
-    dtype = np.dtype(port.get_element_type().to_dtype())
-    if not np.can_cast(array.dtype, dtype, "same_kind"):
-        raise TargetError(f"input {name!r} has type {array.dtype} instead of {dtype}.", "Convert it.")
-    if not port.get_partial_shape().compatible(ov.PartialShape(list(array.shape))):
-        raise TargetError(
-            f"input {name!r} has shape {array.shape} instead of {port.get_partial_shape()}.", "Reshape it."
-        )
-    return array.astype(dtype, copy=False)
