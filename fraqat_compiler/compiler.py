@@ -8,6 +8,7 @@ verify -> profile.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import resource
 import shutil
@@ -42,11 +43,12 @@ from fraqat_compiler.pass_manager import PassManager, PassRecord
 from fraqat_compiler.passes.insert_fake_quant import InsertFakeQuant
 from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.progress import Progress
-from fraqat_compiler.quant_spec import RangeMethod
+from fraqat_compiler.quant_spec import MAX_EXPORTED_BIT_WIDTH, RangeMethod
 from fraqat_compiler.registry import parse_target
 from fraqat_compiler.report import write_report
 from fraqat_compiler.schedule import BitWidthSchedule, parse_schedule
 from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target
+from fraqat_compiler.widths import Widths
 
 SCHEMA_VERSION = 1
 DEFAULT_STEPS = 400
@@ -150,7 +152,25 @@ def _settings(options: dict[str, Any]) -> CompileOptions:
     if unknown:
         raise UsageError(f"unknown option {unknown[0]!r}.", f"Known: {', '.join(sorted(known))}.")
     settings = CompileOptions(**options)
-    return dataclasses.replace(settings, weights=str(settings.weights), activations=str(settings.activations))
+    settings = dataclasses.replace(settings, weights=str(settings.weights), activations=str(settings.activations))
+    _refuse_unusable(settings)
+    return settings
+
+
+def _refuse_unusable(settings: CompileOptions) -> None:
+    """Say before anything long begins what no compile could do."""
+    for flag in ("weights", "activations"):
+        text = getattr(settings, flag)
+        for width in Widths.parse(text).all:
+            if width is not None and not (width.is_integer() and width <= MAX_EXPORTED_BIT_WIDTH):
+                raise UsageError(
+                    f"--{flag} {text}: {width:g} bits cannot be exported, for files hold integer widths up to "
+                    f"{MAX_EXPORTED_BIT_WIDTH}.",
+                    "End at one of them, or at float; the schedule may pass through fractions on its way.",
+                )
+    parse_schedule(settings.schedule, end=min(filter(None, Widths.parse(settings.weights).all), default=8.0))
+    if settings.lr is not None and not 0 < settings.lr < math.inf:
+        raise UsageError(f"--lr {settings.lr} is no learning rate.", "It is a positive number.")
 
 
 def _job(job: Job | nn.Module | str | Path, example_inputs: Any) -> Job:

@@ -176,12 +176,12 @@ class WeightFakeQuantize(FakeQuantize):
         """Keep the scale for good.
 
         Raises:
-            QuantizationError: the width is fractional, so no file format can hold the codes.
+            QuantizationError: the width is fractional or above 16 bits, so no file can hold the codes.
         """
-        if not self.spec.is_integer:
+        if not self.spec.is_exportable:
             raise QuantizationError(
-                f"a weight at {self.spec.bit_width:g} bits cannot be exported: files hold integer widths.",
-                "End the schedule at an integer width.",
+                f"a weight at {self.spec.bit_width:g} bits cannot be exported: files hold integer widths up to 16.",
+                "End the schedule at one.",
             )
         self.update_range(weight.detach())
         self.frozen = True

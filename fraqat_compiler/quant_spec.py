@@ -14,6 +14,7 @@ RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse", "sigma3
 
 MIN_BIT_WIDTH = 2.0
 MAX_BIT_WIDTH = 32.0
+MAX_EXPORTED_BIT_WIDTH = 16  # of weights and activations: QuantizeLinear has no wider integers
 
 
 def code_range(bit_width: float, *, signed: bool) -> tuple[int, int]:
@@ -82,6 +83,11 @@ class QuantSpec:
     @property
     def is_integer(self) -> bool:
         return float(self.bit_width).is_integer()
+
+    @property
+    def is_exportable(self) -> bool:
+        """Whether a file can hold the codes."""
+        return self.is_integer and self.bit_width <= MAX_EXPORTED_BIT_WIDTH
 
     @property
     def granularity(self) -> str:

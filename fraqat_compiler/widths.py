@@ -40,6 +40,11 @@ class Widths:
             overrides.append((pattern, _width(width, text)))
         return cls(_width(default, text), tuple(overrides))
 
+    @property
+    def all(self) -> tuple[float | None, ...]:
+        """Every width that is asked for."""
+        return (self.default, *(width for _, width in self.overrides))
+
     def of(self, module: str) -> float | None:
         """Width for a module by its dotted name."""
         width = self.default

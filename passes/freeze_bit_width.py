@@ -47,7 +47,7 @@ def _refuse_unexportable(name: str, module: ActivationFakeQuantize) -> None:
         )
     if not module.calibrated:
         raise QuantizationError(f"{name} has no range.", "Calibrate the graph before freezing it.")
-    if not module.spec.is_integer:
+    if not module.spec.is_exportable:
         raise QuantizationError(
             f"{name} has {module.spec.bit_width:g} bits; activations are exported at 8 or 16.",
             "Use --activations 8 or 16.",

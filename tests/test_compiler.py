@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fraqat_compiler
 from fraqat_compiler.compiler import wrong_results
-from fraqat_compiler.errors import JobError, TargetError
+from fraqat_compiler.errors import JobError, TargetError, UsageError
 from fraqat_compiler.job import Job
 from fraqat_compiler.target import Finding
 from fraqat_compiler.targets.htp.target import HtpTarget
@@ -73,3 +73,19 @@ def test_what_concerns_many_nodes_is_said_once() -> None:
         "Use 8 bits.",
         "onnxruntime computes head/Log (Log) wrongly: it is garbage. Use 8 bits.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "8,head=4.5"}, "4.5 bits cannot be exported"),
+        ({"activations": 7.5}, "7.5 bits cannot be exported"),
+        ({"weights": 20}, "20 bits cannot be exported"),
+        ({"schedule": "bogus"}, "bogus"),
+        ({"lr": float("nan")}, "no learning rate"),
+    ],
+)
+def test_what_no_compile_could_do_is_refused_at_once(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        fraqat_compiler.compile(nn.Linear(4, 4), (torch.randn(2, 4),), output=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

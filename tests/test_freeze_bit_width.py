@@ -37,6 +37,7 @@ def test_frozen_forward_is_the_trained_one_and_the_exported_one() -> None:
     ("options", "message"),
     [
         ({"weights": "4.25"}, "4.25 bits"),
+        ({"weights": "20"}, "20 bits"),
         ({"activations": "7.5"}, "8 or 16"),
         ({"dynamic": True}, "every token"),
     ],
