@@ -7,10 +7,11 @@ TARGET ?= htp{soc=sm8750}
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PEERS := .venv-peers/installed
+OPENVINO := examples/openvino_target
 EXAMPLES := $(sort $(dir $(wildcard examples/*/job.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit format bench bench-compile build clean
+.PHONY: help install demo test lint types unit test-openvino format bench bench-compile build clean
 # Half a stamp file or half a download must not count as made.
 .DELETE_ON_ERROR:
 
@@ -19,12 +20,12 @@ help: ## List the targets
 
 install: $(INSTALLED) ## Create .venv with fraqat, the HTP compiler and the development tools
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml $(OPENVINO)/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11. Name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "setuptools>=77"
-	$(BIN)/pip install --quiet --editable '.[htp,aihub,dev]'
+	$(BIN)/pip install --quiet --editable '.[htp,aihub,dev]' --editable $(OPENVINO)
 	$(BIN)/pip check
 	@touch $@
 
@@ -39,10 +40,14 @@ lint: $(INSTALLED) ## Check style (ruff)
 
 types: $(INSTALLED) ## Check types (mypy --strict)
 	$(BIN)/mypy
+	$(BIN)/mypy $(OPENVINO)/src
 	@set -e; for folder in $(EXAMPLES); do echo "mypy $$folder"; $(BIN)/mypy $$folder; done
 
 unit: $(INSTALLED) ## Run the tests (pytest)
 	$(BIN)/pytest
+
+test-openvino: $(INSTALLED) ## Run the tests of the OpenVINO target alone
+	$(BIN)/pytest $(OPENVINO)/tests
 
 format: $(INSTALLED) ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix .

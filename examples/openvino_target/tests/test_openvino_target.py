@@ -19,16 +19,16 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 pytest.importorskip("openvino", reason="OpenVINO is not installed: make install")
 pytest.importorskip("fraqat_openvino", reason="pip install -e examples/openvino_target")
 
-from fraqat_openvino.loaded_model import LoadedModel  # noqa: E402
-from fraqat_openvino.target import MODEL_FILE, WEIGHTS_FILE, OpenVinoTarget  # noqa: E402
+from fraqat_openvino.loaded_model import LoadedModel
+from fraqat_openvino.target import MODEL_FILE, WEIGHTS_FILE, OpenVinoTarget
 
-from fraqat_compiler import parity  # noqa: E402
-from fraqat_compiler.conformance import check_target  # noqa: E402
-from fraqat_compiler.conformance_case import Case, make_case  # noqa: E402
-from fraqat_compiler.errors import OutputError, TargetError  # noqa: E402
-from fraqat_compiler.quant_spec import Unquantized  # noqa: E402
-from fraqat_compiler.registry import parse_target  # noqa: E402
-from fraqat_compiler.target import Artifact, TensorRequest  # noqa: E402
+from fraqat_compiler import parity
+from fraqat_compiler.conformance import check_target
+from fraqat_compiler.conformance_case import Case, make_case
+from fraqat_compiler.errors import OutputError, TargetError
+from fraqat_compiler.quant_spec import Unquantized
+from fraqat_compiler.registry import parse_target
+from fraqat_compiler.target import Artifact, TensorRequest
 
 ROOT = Path(__file__).parents[3]
 TARGET = OpenVinoTarget(threads=1)

@@ -47,7 +47,7 @@ def convert(path: Path) -> ov.Model:
 
 
 def name_outputs(model: ov.Model, graph: GraphProto) -> None:
-    """Give outputs their one name, and the ops that compute them, which OpenVINO calls after the output, their node's."""
+    """Give outputs their one name, and the op behind each, which OpenVINO calls after the output, its node's."""
     makers = {name: node.name for node in graph.node for name in node.output}
     for port, output in zip(model.outputs, graph.output, strict=True):
         port.get_tensor().set_names({output.name})  # a removed Identity leaves its input's name beside it
