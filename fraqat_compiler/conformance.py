@@ -277,6 +277,8 @@ def _profile(trial: _Trial) -> str:
     unnamed = [op for op in profile.ops if "name" not in op or profile.unit not in op]
     _require(not unnamed, f'an op lacks "name" or the unit {profile.unit!r}: {unnamed[:1]}.')
     json.dumps(dataclasses.asdict(profile))
+    estimate = trial.target.estimate(trial.case.model)
+    _require(estimate is None or estimate.source == "estimate", "an estimate says that it is something else.")
     return f"source {profile.source}, {len(profile.ops)} ops"
 
 

@@ -372,8 +372,7 @@ def _drop_divisions_by_one(program: torch.export.ExportedProgram) -> None:
 
 def rows(model: str, counts: Iterable[OpCount]) -> Iterator[tuple[Any, ...]]:
     """Equal ops of one model in one row, with how many there are."""
-    real = (count for count in counts if not count.op.startswith("Sequence"))  # how the exporter writes a split
-    equal = Counter(dataclasses.astuple(dataclasses.replace(count, name="")) for count in real)
+    equal = Counter(dataclasses.astuple(dataclasses.replace(count, name="")) for count in counts)
     names = [field.name for field in dataclasses.fields(OpCount)]
     for values, times in equal.items():
         row = dict(zip(names, values, strict=True))

@@ -3,8 +3,8 @@
     python tools/fit_cost_model.py MEASUREMENTS.csv [--write]
 
 The measurements are public ones of Qualcomm AI Hub (columns model, component, device, precision, runtime, ms). What
-each model has to do is in `tools/cost_model_ops.csv`, which `tools/cost_model_architectures.py` makes. The error is that
-of each architecture family when the rates are fitted to all the others. Needs scipy.
+each model has to do is in `tools/cost_model_ops.csv`, which `tools/cost_model_architectures.py` makes. The error is
+that of each architecture family when the rates are fitted to all the others. Needs scipy.
 """
 
 from __future__ import annotations

@@ -143,10 +143,16 @@ def demand(op: OpCount, vtcm_mb: float) -> Amounts:
 
 def _work(op: OpCount) -> tuple[str, float]:
     if op.kind in _MATRIX_KINDS:
-        return f"matrix_{op.activation_bits if op.quantized else 'float'}", op.tiled_macs / 1e9
+        return f"matrix_{_precision(op)}", op.tiled_macs / 1e9
     if op.kind == "depthwise":
-        return f"depthwise_{op.activation_bits if op.quantized else 'float'}", op.macs / _MEGA
+        return f"depthwise_{_precision(op)}", op.macs / _MEGA
     return op.kind + _suffix(op), (op.read_bytes + op.written_bytes) / _MEGA
+
+
+def _precision(op: OpCount) -> str:
+    if not op.quantized:
+        return "float"
+    return "8" if op.activation_bits <= 8 else "16"
 
 
 def _suffix(op: OpCount) -> str:

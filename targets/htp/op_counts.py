@@ -10,6 +10,8 @@ from typing import Literal
 
 from onnx import ModelProto, NodeProto, TensorProto, helper, shape_inference
 
+from fraqat_compiler.errors import TargetError
+
 Kind = Literal["conv", "matmul", "depthwise", "softmax", "norm", "elementwise", "transpose", "copy"]
 
 FLOAT_BITS = 16  # the HTP computes a float graph in half precision
@@ -23,7 +25,9 @@ _BITS: dict[int, int] = {
     TensorProto.UINT16: 16,
 }
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
-_VIEWS = frozenset("Reshape Flatten Squeeze Unsqueeze Identity Dropout Cast CastLike".split())
+_VIEWS = frozenset(
+    "Reshape Flatten Squeeze Unsqueeze Identity Dropout Cast CastLike SequenceConstruct SequenceAt".split()
+)
 _PRODUCTS = frozenset("Conv ConvTranspose Gemm MatMul".split())
 _LIMITS = frozenset("Relu Clip".split())  # done by the op before while it rounds its output
 _TO_IMAGE_LAYOUT = ([0, 2, 3, 1], [0, 3, 1, 2])
@@ -96,7 +100,10 @@ def count_ops(model: ModelProto) -> tuple[OpCount, ...]:
     out.
 
     Args:
-        model: with static shapes; weights that lie in other files are not needed.
+        model: weights that lie in other files are not needed.
+
+    Raises:
+        TargetError: a shape is not static.
     """
     return tuple(_Graph(shape_inference.infer_shapes(model, data_prop=True)).counts())
 
@@ -106,7 +113,7 @@ class _Graph:
 
     def __init__(self, model: ModelProto) -> None:
         self._nodes = model.graph.node
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._known: dict[str, tuple[int, ...]] = {}
         self._types: dict[str, int] = {}
         self._constants: set[str] = set()
         self._producer = {name: node for node in self._nodes for name in node.output}
@@ -118,10 +125,12 @@ class _Graph:
         graph = model.graph
         for value in (*graph.value_info, *graph.input, *graph.output):
             kind = value.type.tensor_type
-            self._shapes[value.name] = tuple(dim.dim_value for dim in kind.shape.dim)
+            dims = tuple(dim.dim_value for dim in kind.shape.dim)
+            if kind.HasField("shape") and all(dims):
+                self._known[value.name] = dims
             self._types[value.name] = kind.elem_type
         for tensor in graph.initializer:
-            self._shapes[tensor.name] = tuple(tensor.dims)
+            self._known[tensor.name] = tuple(tensor.dims)
             self._types[tensor.name] = tensor.data_type
             self._constants.add(tensor.name)
 
@@ -143,7 +152,7 @@ class _Graph:
         return node.op_type in _VIEWS | _LIMITS or (node.op_type == "Transpose" and self._is_layout(node))
 
     def _adds_vector(self, node: NodeProto) -> bool:
-        shapes = [self._shapes.get(name, ()) for name in node.input if name in self._constants]
+        shapes = [self._known.get(name, ()) for name in node.input if name in self._constants]
         return any(len(shape) > 0 and math.prod(shape) == shape[-1] for shape in shapes)
 
     def _source(self, name: str) -> str:
@@ -158,8 +167,9 @@ class _Graph:
 
         The hardware keeps channels last, so that the library cancels the latter.
         """
-        order = _order(node, len(self._shapes[node.input[0]]))
-        moved = [axis for axis in order if self._shapes[node.input[0]][axis] != 1]
+        shape = self._shape(node.input[0])
+        order = _order(node, len(shape))
+        moved = [axis for axis in order if shape[axis] != 1]
         return moved == sorted(moved) or order in _TO_IMAGE_LAYOUT
 
     def _count(self, node: NodeProto) -> OpCount:
@@ -174,9 +184,9 @@ class _Graph:
             macs=macs,
             tiled_macs=tiled,
             read=sum(map(self._elements, activations)),
-            written=sum(map(self._elements, node.output)),
+            written=sum(map(self._elements, filter(None, node.output))),
             weights=self._elements(weight) if weight else 0,
-            matrices=math.prod(self._shapes[node.output[0]][:-2]) if self._kind(node) in ("matmul", "softmax") else 1,
+            matrices=math.prod(self._shape(node.output[0])[:-2]) if self._kind(node) in ("matmul", "softmax") else 1,
             activation_bits=activation_bits,
             weight_bits=self._bits(weight) if weight else FLOAT_BITS,
             quantized=quantized,
@@ -195,8 +205,13 @@ class _Graph:
             return ""
         return next((name for name in (node.input[1], node.input[0]) if name in self._constants), "")
 
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._known:
+            raise TargetError(f"the shape of {name!r} is not known.", "Export with fixed example inputs.")
+        return self._known[name]
+
     def _elements(self, name: str) -> int:
-        return math.prod(self._shapes.get(name, (0,)))
+        return math.prod(self._shape(name))
 
     def _activation_bits(self, node: NodeProto) -> tuple[int, bool]:
         """Width of the widest quantized activation around the op, and whether there is one."""
@@ -228,19 +243,19 @@ class _Graph:
             return 0, 0
         if node.op_type.startswith("Conv"):
             return self._conv_macs(node)
-        columns = self._shapes[node.output[0]][-1]
+        columns = self._shape(node.output[0])[-1]
         rows, depth = self._elements(node.output[0]) // columns, self._depth(node)
         return rows * depth * columns, rows * _tiled(depth) * _tiled(columns)
 
     def _depth(self, node: NodeProto) -> int:
         transposed = node.op_type == "Gemm" and _attribute(node, "transA", 0)
-        return self._shapes[node.input[0]][0 if transposed else -1]
+        return self._shape(node.input[0])[0 if transposed else -1]
 
     def _conv_macs(self, node: NodeProto) -> tuple[int, int]:
         """Groups narrower than a tile share one, so that the zeros between them are multiplied too."""
         deep, wide = self._channels(node)
-        kernel = math.prod(self._shapes[node.input[1]][2:])
-        image = self._shapes[node.input[0] if node.op_type == "ConvTranspose" else node.output[0]]
+        kernel = math.prod(self._shape(node.input[1])[2:])
+        image = self._shape(node.input[0] if node.op_type == "ConvTranspose" else node.output[0])
         positions, groups = image[0] * math.prod(image[2:]), _groups(node)
         tiled = (
             _tiled(deep) * _tiled(groups * wide) if groups == 1 or deep < TILE else groups * _tiled(deep) * _tiled(wide)
@@ -249,7 +264,7 @@ class _Graph:
 
     def _channels(self, node: NodeProto) -> tuple[int, int]:
         """Input and output channels of one group."""
-        first, second = self._shapes[node.input[1]][:2]
+        first, second = self._shape(node.input[1])[:2]
         if node.op_type == "ConvTranspose":
             return first // _groups(node), second
         return second, first // _groups(node)
