@@ -75,7 +75,9 @@ class Artifact:
         path: the file that is loaded on the device.
         files: every file that belongs to it, `path` included.
         target_text: the target's text, which parses back to the same target.
-        details: facts that a report shows (SoC, architecture, nodes per processor ...); JSON values only.
+        details: facts that a report shows (SoC, architecture, nodes per processor ...); JSON values only. Two have a
+            place in its summary: `fallback_nodes`, the number of nodes that do not run on the target's own processor,
+            and `soc`, the name of the chip.
     """
 
     path: Path
