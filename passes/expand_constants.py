@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,14 +13,17 @@ from fraqat_compiler import lazy_values, qdq
 from fraqat_compiler.lazy_values import Array, LazyArray
 from fraqat_compiler.pass_base import OnnxPass, PassContext, PassResult
 
+NORMS = ("LayerNormalization", "RMSNormalization")
+
 
 @dataclass(frozen=True)
 class ExpandConstants(OnnxPass):
-    """Repeat 16-bit constants that an Add or Mul broadcasts over the batch.
+    """Repeat 16-bit constants that an Add or Mul broadcasts in front of a LayerNormalization.
 
-    Before: `Add(x [4, L, D], DQ(table [1, L, D]))`. After: the same with a table of [4, L, D]. The HTP library computes
-    the first form wrongly at 16 bits where a LayerNormalization follows, for all but the first of the batch. Does
-    nothing at 8 bits, to a batch of one, and to constants that vary along the last dimension alone.
+    Before: `LayerNormalization(Add(x [4, L, D], DQ(table [1, L, D])))`. After: the same with a table of [4, L, D]. The
+    HTP library takes the first form together, and reads beyond the table's end: wrong results for all but the first of
+    the batch, or a crash. Does nothing at 8 bits, in front of other ops, to constants that have the size of the result
+    or vary along the last dimension alone.
     """
 
     name: ClassVar[str] = "expand-constants"
@@ -35,7 +39,9 @@ class ExpandConstants(OnnxPass):
 
 
 def _expand_operands(graph: gs.Graph, node: gs.Node, names: qdq.Names) -> list[str]:
-    shape = node.outputs[0].shape if node.op in ("Add", "Mul") and node.outputs else None
+    if node.op not in ("Add", "Mul") or not _is_normalized(node.outputs[0]):
+        return []
+    shape = node.outputs[0].shape
     if shape is None or not all(isinstance(size, int) for size in shape):
         return []
     expanded = []
@@ -52,13 +58,21 @@ def _expand_operands(graph: gs.Graph, node: gs.Node, names: qdq.Names) -> list[s
     return expanded
 
 
+def _is_normalized(tensor: gs.Tensor) -> bool:
+    """Whether a LayerNormalization reads it, from its codes or directly."""
+    for user in tensor.outputs:
+        if user.op in NORMS or (user.op in (qdq.QUANTIZE, qdq.DEQUANTIZE) and _is_normalized(user.outputs[0])):
+            return True
+    return False
+
+
 def _is_broadcast_table(source: gs.Node, shape: list[int]) -> bool:
-    """A per-tensor 16-bit constant that lacks the batch and has more than its last dimension."""
+    """A per-tensor 16-bit constant with several rows, which it repeats."""
     codes = source.inputs[0]
     if not qdq.is_constant(codes) or not qdq.is_scalar(source) or qdq.code_type(source).itemsize != 2:
         return False
     aligned = [1] * (len(shape) - len(codes.shape)) + list(codes.shape)
-    return shape[0] > 1 and aligned[0] == 1 and any(size > 1 for size in aligned[1:-1])
+    return math.prod(aligned) < math.prod(shape) and aligned[-1] == shape[-1] and math.prod(aligned[:-1]) > 1
 
 
 def _repeated(codes: gs.Constant, shape: list[int]) -> LazyArray:
