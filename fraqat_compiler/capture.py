@@ -37,8 +37,10 @@ _UNROLLED = (
     torch.ops.aten.rnn_tanh.input,
     torch.ops.aten.rnn_relu.input,
 )
-# One time step of the same, in the table of torch.export.
-_CELLS = (
+# One time step of the same, and sums over named dimensions, which become permutes and matmuls; torch.export's table
+# knows how.
+_COMPOSITES = (
+    torch.ops.aten.einsum.default,
     torch.ops.aten.lstm_cell.default,
     torch.ops.aten.gru_cell.default,
     torch.ops.aten.rnn_tanh_cell.default,
@@ -101,7 +103,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             program = torch.export.export(model, args, kwargs, strict=False)
         _refuse_long_unrolling(program.graph_module)
         known = torch.export.default_decompositions()
-        written_out: dict[Any, Any] = {op: known[op] for op in _CELLS}
+        written_out: dict[Any, Any] = {op: known[op] for op in _COMPOSITES}
         program = program.run_decompositions(written_out | dict(get_decompositions(_UNROLLED)) | SLICE_WRITES)
         _refuse_unrepeatable(program.graph_module)
         _refuse_state(program)

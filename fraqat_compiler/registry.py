@@ -28,6 +28,8 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "remove-no-ops": "fraqat_compiler.passes.remove_no_ops:RemoveNoOps",
         "fold-constants": "fraqat_compiler.passes.fold_constants:FoldConstants",
         "fold-batch-norm": "fraqat_compiler.passes.fold_batch_norm:FoldBatchNorm",
+        "reduce-rank": "fraqat_compiler.passes.reduce_rank:ReduceRank",
+        "simplify-shapes": "fraqat_compiler.passes.simplify_shapes:SimplifyShapes",
         "fuse-rms-norm": "fraqat_compiler.passes.fuse_rms_norm:FuseRmsNorm",
         "decompose-attention": "fraqat_compiler.passes.decompose_attention:DecomposeAttention",
         "decompose-group-norm": "fraqat_compiler.passes.decompose_group_norm:DecomposeGroupNorm",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -24,7 +24,8 @@ _CHECKS = {"aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_s
 class RemoveNoOps(FxPass):
     """Remove what does nothing at inference.
 
-    Before: `clone(dropout(x))`, a cast to the type a tensor has, a view to the shape it has, runtime assertions.
+    Before: `clone(dropout(x))`, a cast to the type a tensor has, a view to the shape it has, `cat([empty, x])`, runtime
+    assertions.
     After: `x`. A `view` becomes a `reshape`, because the copies that made its memory contiguous are gone. Does nothing
     to a graph without such calls.
     """
@@ -41,17 +42,33 @@ class RemoveNoOps(FxPass):
             if node.target in _VIEWS:
                 node.target = torch.ops.aten.reshape.default
                 removed.append(f"made {node.name} a reshape")
+            if _drop_empty_parts(node):
+                removed.append(f"dropped empty parts of {node.name}")
             if _does_nothing(node):
-                fx_graph.replace(node, node.args[0])
+                fx_graph.replace(node, node.all_input_nodes[0])
                 removed.append(f"removed {node.name} ({op_name(node)})")
         fx_graph.finish(model)
         return PassResult(model, bool(removed), tuple(removed))
+
+
+def _drop_empty_parts(node: Node) -> bool:
+    """A cache that holds nothing yet is put before its first entry."""
+    if op_name(node) != "aten.cat":
+        return False
+    parts: Any = node.args[0]
+    kept = [part for part in parts if part.meta["val"].numel()]
+    if not kept or len(kept) == len(parts):
+        return False
+    node.args = (kept, *node.args[1:])
+    return True
 
 
 def _does_nothing(node: Node) -> bool:
     name = op_name(node)
     if name in _ALWAYS:
         return True
+    if name == "aten.cat":
+        return len(node.args[0]) == 1  # type: ignore[arg-type]
     if name not in _IF_SAME_TYPE | _IF_SAME_SHAPE or not isinstance(node.args[0], Node):
         return False
     before, after = node.args[0].meta.get("val"), node.meta.get("val")

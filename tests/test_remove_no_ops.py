@@ -31,3 +31,19 @@ def test_only_what_computes_is_left() -> None:
 def test_nothing_to_do() -> None:
     graph = capture(nn.Linear(4, 4), (torch.ones(1, 4),))
     assert not RemoveNoOps().run(graph, PassContext()).modified
+
+
+class Cache(nn.Module):
+    """A lazily made cache: nothing, then the first entry."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.cat([torch.tensor([]), x], -2), x, torch.zeros(0, 4)], -2)
+
+
+def test_empty_parts_of_a_concatenation_are_dropped() -> None:
+    x = torch.randn(3, 4)
+    graph = RemoveNoOps().run(capture(Cache(), (x,)), PassContext()).model
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert [op_name(node) for node in calls] == ["aten.cat"]
+    assert len(calls[0].args[0]) == 2
+    assert torch.equal(graph(x), Cache()(x))

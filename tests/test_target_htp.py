@@ -217,7 +217,7 @@ def request(op: str, activation_bits: float = 8, *, depthwise: bool = False) -> 
 def test_specs_are_what_the_library_takes() -> None:
     target = HtpTarget()
     assert target.quant_spec(request("linear", 16)) == QuantSpec(bit_width=4, axis=0)
-    assert target.quant_spec(request("embedding")) == QuantSpec(bit_width=8)
+    assert target.quant_spec(request("embedding")) == QuantSpec(bit_width=8, symmetric=False, signed=False)
     assert target.quant_spec(request("conv", 8, depthwise=True)) == QuantSpec(bit_width=4, axis=0)
     assert target.quant_spec(request("conv", 16, depthwise=True)) == QuantSpec(bit_width=8, axis=0)
     for keys, bits in ((16, 8), (17, 16)):
