@@ -56,6 +56,11 @@ class BitWidthScheduler:
         return self.stages[self.stage][0]
 
     @property
+    def in_last_stage(self) -> bool:
+        """Whether the next step is at the end width."""
+        return self.stage == len(self.stages) - 1
+
+    @property
     def at_boundary(self) -> bool:
         """Whether the last step ended a stage, or the run."""
         return self.last_step == self._budget or (self.last_step > 0 and self.stretches[-1].first == self.last_step)
@@ -164,8 +169,7 @@ class PlateauScheduler(BitWidthScheduler):
             return None
         if diverged and self.can_go_back:
             return self._go_back()
-        is_last = self.stage == len(self.stages) - 1
-        if not is_last and (self._watch.stale >= self._rule.patience or self.last_step >= self._watch.limit):
+        if not self.in_last_stage and (self._watch.stale >= self._rule.patience or self.last_step >= self._watch.limit):
             self._enter(self.stage + 1)
             self._watch = _Watch(self._limit())
         return None

@@ -4,8 +4,7 @@ Algorithm 1 of FraQAT (arXiv 2510.14823): the teacher is always the original flo
 weights carry over from stage to stage, only the width of their fake quant changes. The paper leaves the optimizer's
 state across stages, the learning-rate schedule and the norm of the loss open; here the state is kept, the rate is
 constant and then cools down linearly over the last part of the budget (as compute-optimal QAT does, arXiv 2509.22935),
-and the loss is the mean squared error relative to the teacher's mean square, which makes one learning rate fit outputs
-of any size.
+and the loss is the mean squared error relative to the teacher's mean square. All of it is options (`FineTuneConfig`).
 
 In memory the student has copies of the parameters that it trains and nothing else; whatever it does not train (buffers,
 constants, frozen parameters) it may share with the teacher.
@@ -14,7 +13,8 @@ constants, frozen parameters) it may share with the teacher.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.optim import AdamW
 from torch.utils import _pytree as pytree
 
 from fraqat_compiler import checkpoint as checkpoints
@@ -32,83 +31,20 @@ from fraqat_compiler.bit_width_scheduler import Stretch, scheduler_for
 from fraqat_compiler.calibration import Batch, run_batch
 from fraqat_compiler.checkpoint import Checkpoint
 from fraqat_compiler.errors import DataError, TrainingError, UsageError, cause_of
+from fraqat_compiler.features import Tap, modules_at, tapped
+from fraqat_compiler.fine_tune_config import FineTuneConfig
 from fraqat_compiler.interrupt import uninterrupted
 from fraqat_compiler.layers import end_widths
+from fraqat_compiler.losses import Features, Seen, Task, weighted_sum
+from fraqat_compiler.optimizer import make_optimizer, set_rate
 from fraqat_compiler.progress import Progress
-from fraqat_compiler.schedule import BitWidthSchedule
+from fraqat_compiler.stabilizing import Stabilizing
+from fraqat_compiler.task import TaskObjective
 from fraqat_compiler.training_data import Data, endless
 
+__all__ = ["FineTuneConfig", "FineTuneResult", "fine_tune"]
+
 DIVERGENCE_WINDOW, DIVERGENCE_FACTOR = 10, 10.0
-FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}  # where torch has AdamW as one kernel
-
-
-@dataclass(frozen=True)
-class FineTuneConfig:
-    """Options of the fine-tune.
-
-    Attributes:
-        schedule: widths and their shares of the budget.
-        steps: optimizer steps in all.
-        lr: peak learning rate of AdamW.
-        weight_decay: of AdamW.
-        betas: of AdamW.
-        cooldown: last share of the budget over which the rate falls linearly to zero.
-        warmup: steps over which the rate rises from zero.
-        grad_clip: greatest norm of all gradients together; None is no limit.
-        checkpoint_every: steps between checkpoints; one is also written at the end of every stage.
-        keep_stage_ends: keep the checkpoint at the end of every stage, not only the last ones.
-        seed: of the random numbers that the data draws.
-
-    Raises:
-        UsageError: a number outside what can be trained with.
-    """
-
-    schedule: BitWidthSchedule
-    steps: int
-    lr: float = 2e-4
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.99)
-    cooldown: float = 0.3
-    warmup: int = 10
-    grad_clip: float | None = 1.0
-    checkpoint_every: int = 200
-    keep_stage_ends: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        limits = {
-            "steps": (self.steps >= 1, "at least 1"),
-            "lr": (0 < self.lr < math.inf, "positive"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
-            "betas": (all(0 <= beta < 1 for beta in self.betas), "from 0 to less than 1"),
-            "cooldown": (0 <= self.cooldown <= 1, "a share from 0 to 1"),
-            "warmup": (self.warmup >= 0, "0 or more"),
-            "grad_clip": (self.grad_clip is None or self.grad_clip > 0, "positive, or None"),
-            "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
-        }
-        for name, (holds, limit) in limits.items():
-            if not holds:
-                raise UsageError(f"the fine-tune cannot run with {name} {getattr(self, name)!r}.", f"It is {limit}.")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        rising = min(1.0, (step + 1) / max(self.warmup, 1))
-        left = (self.steps - step) / max(self.steps * self.cooldown, 1)
-        return self.lr * rising * min(1.0, left)
-
-    def run_identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with a run to be resumed by it."""
-        return {
-            "schedule": str(self.schedule),
-            "steps": self.steps,
-            "lr": self.lr,
-            "weight_decay": self.weight_decay,
-            "betas": list(self.betas),
-            "cooldown": self.cooldown,
-            "warmup": self.warmup,
-            "grad_clip": self.grad_clip,
-            "seed": self.seed,
-        }
 
 
 @dataclass(frozen=True)
@@ -135,6 +71,7 @@ def fine_tune(
     folder: Path,
     resume: bool = False,
     progress: Progress | None = None,
+    task: TaskObjective | None = None,
 ) -> FineTuneResult:
     """Train `student` in place, on the device that it is on.
 
@@ -152,41 +89,22 @@ def fine_tune(
         folder: for checkpoints.
         resume: go on from the newest checkpoint in `folder`, if there is one.
         progress: hears of each step.
+        task: the user's own loss, for the loss `task`.
 
     Raises:
         TrainingError: the loss or a gradient is NaN or infinite, or the loss explodes (checkpoints stay), or there is
             nothing to train.
         DataError: the data yields nothing, or a batch that does not run through the teacher.
         CheckpointError: `resume` on a damaged checkpoint or one of another run.
-        UsageError: fewer steps than stages.
+        UsageError: fewer steps than stages, or a loss that asks for what is not there.
         KeyboardInterrupt: Ctrl-C; a checkpoint of the last whole step is written first.
     """
-    loop = _Loop(student, teacher, data, config, folder, progress or Progress())
+    loop = _Loop(student, teacher, data, config, folder, progress or Progress(), task)
     if resume:
         loop.restore()
     else:
         checkpoints.clear(folder)
     return loop.run()
-
-
-def output_loss(student: Any, teacher: Any) -> Tensor:
-    """Mean over the float outputs of MSE(student, teacher) / mean(teacher^2); scalar.
-
-    Raises:
-        TrainingError: there is no float output.
-    """
-    pairs = zip(pytree.tree_leaves(student), pytree.tree_leaves(teacher), strict=True)
-    losses = [
-        (mine.float() - theirs.float()).square().mean() / theirs.float().square().mean().clamp_min(1e-12)
-        for mine, theirs in pairs
-        if isinstance(mine, Tensor) and mine.is_floating_point()
-    ]
-    if not losses:
-        raise TrainingError(
-            "the model has no float output that a student could learn from.",
-            "Let it return its logits or features, or leave the fine-tune out (--steps 0).",
-        )
-    return torch.stack(losses).mean()
 
 
 @dataclass
@@ -197,6 +115,7 @@ class _Loop:
     config: FineTuneConfig
     folder: Path
     progress: Progress
+    task: TaskObjective | None
     losses: list[float] = field(default_factory=list)
     resumed_from: int = 0
 
@@ -204,24 +123,25 @@ class _Loop:
         self.parameters = fine_tune_state.trained_parameters(self.student)
         if not self.parameters:
             raise TrainingError("the graph has no parameter to train.", "Leave the fine-tune out (--steps 0).")
+        if self.task is None and any(isinstance(loss, Task) for loss in self.config.losses):
+            raise UsageError("the loss `task` needs the job's own loss.", "Define loss(outputs, batch) in the job.")
         self.device = next(iter(self.parameters.values())).device
         self.run_identity = self.config.run_identity() | fine_tune_state.identity(self.student, self.parameters)
-        self.optimizer = AdamW(
-            self.parameters.values(),
-            lr=self.config.lr,
-            betas=self.config.betas,
-            weight_decay=self.config.weight_decay,
-            fused=self.device.type in FUSED_DEVICES,
-        )
+        self.optimizer = make_optimizer(self.parameters, self.config)
         self.scheduler = scheduler_for(self.student, self.config.schedule, self.config.steps, end_widths(self.student))
+        self.stabilizing = Stabilizing(self.config, self.scheduler, self.student, self.parameters)
+        self.student_taps: Mapping[str, Tap] = {}
+        self.teacher_taps: Mapping[str, Tap] = {}
         self.saved = 0  # step of the newest checkpoint; before the first step there is nothing to save
 
     def run(self) -> FineTuneResult:
         try:
-            self._train()
+            with self._tapped():
+                self._train()
         except KeyboardInterrupt:  # only ever between two steps
             self._save()
             raise KeyboardInterrupt(self._where_it_stopped()) from None
+        self.stabilizing.finish()
         return FineTuneResult(self._history(), self.losses, self.resumed_from)
 
     def _train(self) -> None:
@@ -235,28 +155,62 @@ class _Loop:
                 self._step(step, batch)
                 self._keep(step + 1)
 
+    @contextmanager
+    def _tapped(self) -> Iterator[None]:
+        """The modules whose features are compared can be seen in student and teacher."""
+        places = [at for loss in self.config.losses if isinstance(loss, Features) for at in [loss.at]]
+        with ExitStack() as stack:
+            if places:
+                teacher = _graph_of(self.teacher)
+                modules = modules_at(teacher, ",".join(places))
+                self.teacher_taps = stack.enter_context(tapped(teacher, modules))
+                self.student_taps = stack.enter_context(tapped(self.student, modules))
+            yield
+
     def _step(self, step: int, batch: Batch) -> None:
         batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), batch)
-        target = self._target(step, batch)
-        loss = output_loss(run_batch(self.student, batch), target)
+        loss = self._loss(step, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.stabilizing.add_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip or math.inf)
         value = float(loss.detach())
         if not (math.isfinite(value) and math.isfinite(norm)) or self._exploded(value):
             self._diverge(step, value)
             return
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.rate(step)
+        set_rate(self.optimizer, self.config.rate(step))
         self.optimizer.step()
+        self.stabilizing.after_step()
         self._finish_step(step, value)
+
+    def _loss(self, step: int, batch: Batch) -> Tensor:
+        inputs = self.task.inputs_of(batch) if self.task else batch
+        target = self._target(step, inputs) if self.config.wants_teacher else None
+        outputs = run_batch(self.student, inputs)
+        seen = Seen(
+            batch,
+            outputs,
+            target,
+            {name: tap.value for name, tap in self.student_taps.items()},
+            {name: tap.value for name, tap in self.teacher_taps.items()},
+            self.task.loss if self.task else None,
+        )
+        return weighted_sum(self.config.losses, seen)
 
     def _finish_step(self, step: int, loss: float) -> None:
         self.losses.append(loss)
         self.progress.update(step + 1, f"{self._stage()}, loss {loss:.4g}")
+        stretches = len(self.scheduler.stretches)
         back_to = self.scheduler.step(loss)
         if back_to is not None:
             self._go_back(back_to)
+        if len(self.scheduler.stretches) > stretches:
+            self._begin_stage()
+
+    def _begin_stage(self) -> None:
+        if self.config.optimizer_state == "reset":
+            self.optimizer.state.clear()
+        self.stabilizing.begin_stage()
 
     def _diverge(self, step: int, loss: float) -> None:
         """Go back where the schedule can, else stop."""
@@ -337,6 +291,7 @@ class _Loop:
         if done == self.saved:
             return
         tensors = fine_tune_state.tensors_of(self.student, self.parameters, self.optimizer)
+        tensors |= self.stabilizing.tensors()
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         state = {
             "scheduler": self.scheduler.state_dict(),
@@ -354,6 +309,7 @@ class _Loop:
         fine_tune_state.load(found, self.student, self.parameters, self.optimizer)
         self.losses = found.tensors["losses"].tolist()
         self.scheduler.load_state_dict(found.state["scheduler"])
+        self.stabilizing.load(found.tensors)
         self.resumed_from = self.saved = found.step
 
     def _go_back(self, step: int) -> None:
@@ -363,3 +319,9 @@ class _Loop:
         self.progress.note(
             f"The stage that began after step {step} diverged; its weights are back, and the stage before it goes on."
         )
+
+
+def _graph_of(teacher: Callable[..., Any]) -> GraphModule:
+    if not isinstance(teacher, GraphModule):
+        raise UsageError("features can only be compared with a captured teacher.", "Pass what capture() returned.")
+    return teacher

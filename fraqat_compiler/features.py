@@ -1,0 +1,89 @@
+"""Taps: the tensors that chosen modules of a graph end with, for as long as a fine-tune wants to see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fraqat_compiler.fake_quant import ActivationFakeQuantize
+from fraqat_compiler.ops import is_float_tensor, module_path
+from fraqat_compiler.widths import require_match
+
+_TAPS = "feature_taps"
+
+
+class Tap(nn.Module):
+    """Passes a tensor on and keeps it."""
+
+    value: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.value = x
+        return x
+
+
+@contextmanager
+def tapped(graph: GraphModule, modules: list[str]) -> Iterator[dict[str, Tap]]:
+    """Tap the last tensor of each module while the block runs.
+
+    Args:
+        graph: the float graph, or one with fake quants: then the tensor is the quantized one.
+        modules: dotted names of the user's modules.
+
+    Yields:
+        A tap for each module; after a forward its `value` is that tensor, any shape, with its gradient.
+    """
+    taps, nodes = {module: Tap() for module in modules}, []
+    for index, (module, tap) in enumerate(taps.items()):
+        graph.add_submodule(f"{_TAPS}.{index}", tap)
+        last = _last_tensor(graph, module)
+        with graph.graph.inserting_after(last):
+            nodes.append(graph.graph.call_module(f"{_TAPS}.{index}", (last,)))
+    graph.recompile()
+    try:
+        yield taps
+    finally:
+        for node in nodes:
+            graph.graph.erase_node(node)
+        graph.delete_submodule(_TAPS)
+        graph.recompile()
+
+
+def modules_at(graph: GraphModule, patterns: str) -> list[str]:
+    """Modules that compute a float tensor and match one of the patterns (joined by commas), the outermost ones.
+
+    Raises:
+        UsageError: a pattern that matches none.
+    """
+    paths = dict.fromkeys(module_path(node) for node in graph.graph.nodes if _computes(graph, node))
+    known = dict.fromkeys(name for path in paths if path for name in _with_owners(path))
+    wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
+    for pattern in wanted:
+        require_match(pattern, known)
+    matching = {name for name in known if any(fnmatchcase(name, pattern) for pattern in wanted)}
+    return [name for name in known if name in matching and not matching & {*_with_owners(name)[:-1]}]
+
+
+def _with_owners(path: str) -> list[str]:
+    """`a.b.c` as a, a.b, a.b.c."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _last_tensor(graph: GraphModule, module: str) -> Node:
+    nodes: list[Node] = [node for node in graph.graph.nodes if _computes(graph, node)]
+    return [node for node in nodes if f"{module_path(node)}.".startswith(f"{module}.")][-1]
+
+
+def _computes(graph: GraphModule, node: Node) -> bool:
+    """Whether the model computes a float tensor here: an op, or the fake quant of one."""
+    if not is_float_tensor(node):
+        return False
+    is_quantizer = node.op == "call_module" and isinstance(
+        graph.get_submodule(str(node.target)), ActivationFakeQuantize
+    )
+    return node.op == "call_function" or is_quantizer
