@@ -25,14 +25,15 @@ def layers(graph: GraphModule) -> list[dict[str, Any]]:
         verdict = node.meta.get("quantization")
         if verdict is None:
             continue
-        name = _name(node)
+        name = layer_name(node)
         name = f"{name}/{node.name}" if name in taken else name
         taken.add(name)
         entries.append({"name": name, "op": op_name(node).removeprefix("aten."), **verdict})
     return entries
 
 
-def _name(node: Node) -> str:
+def layer_name(node: Node) -> str:
+    """The user's module where the op is its main one, else that and the op's own name behind a slash."""
     path = module_path(node)
     if path and (op_name(node) in WEIGHTED_OPS or op_name(node) in NORM_OPS):
         return path

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fraqat_compiler.errors import VerificationError
+from fraqat_compiler.errors import UsageError, VerificationError
 from fraqat_compiler.output_folder import BOOKKEEPING, MAKER, MANIFEST_FILE
 
 PACKAGES = (
@@ -46,12 +46,20 @@ def write_manifest(folder: Path, report: dict[str, Any]) -> None:
     (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def require_folder(folder: Path) -> None:
+    """Raise UsageError where there is no such folder."""
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}.", "Name the -o folder of a finished compile.")
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished compile.
 
     Raises:
-        VerificationError: there is none, or it is damaged.
+        UsageError: there is no such folder.
+        VerificationError: there is no manifest, or it is damaged.
     """
+    require_folder(folder)
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise VerificationError(

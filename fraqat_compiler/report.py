@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from fraqat_compiler.errors import DataError, VerificationError
+from fraqat_compiler.manifest import require_folder
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -105,8 +106,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     """The report of a finished compile.
 
     Raises:
-        VerificationError: there is none, or it is damaged.
+        UsageError: there is no such folder.
+        VerificationError: there is no report, or it is damaged.
     """
+    require_folder(folder)
     path = folder / REPORT_FILE
     if not path.is_file():
         raise VerificationError(f"{folder} holds no {REPORT_FILE}.", "Name the -o folder of a finished compile.")

@@ -34,7 +34,7 @@ class FreezeBitWidth(FxPass):
             module = model.get_submodule(str(node.target))
             if isinstance(module, WeightFakeQuantize) and not module.frozen:
                 module.freeze(fx_graph.get_tensor(model, str(node.args[0].target)))
-                changes.append(f"froze {node.target} at {module.spec.bit_width:g} bits")
+                changes.append(f"froze {node.args[0].target} at {module.spec.bit_width:g} bits")
             if isinstance(module, ActivationFakeQuantize):
                 _refuse_unexportable(str(node.target), module)
         return PassResult(model, bool(changes), tuple(changes))

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from fraqat_compiler import fx_graph, ops
 from fraqat_compiler.errors import QuantizationError
 from fraqat_compiler.fake_quant import ActivationFakeQuantize, BiasFakeQuantize, FakeQuantize, WeightFakeQuantize
+from fraqat_compiler.layers import layer_name
 from fraqat_compiler.ops import NORM_OPS, WEIGHTED_OPS, WeightedOp, argument, is_float_tensor, module_path, op_name
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
 from fraqat_compiler.quant_spec import QuantSpec, RangeMethod, Unquantized
@@ -245,7 +246,7 @@ class _Insertion:
             quantized = self.model.graph.call_module(module_name, (weight_node,))
         quantized.meta = dict(weight_node.meta)
         self.weight_quantizers[name] = (quantized, module)
-        self.changes.append(f"{module_name}: {module.extra_repr()}")
+        self.changes.append(f"{name}: {module.extra_repr()}")
         return quantized, module
 
     def _adjusted(self, spec: QuantSpec, request: TensorRequest) -> QuantSpec:
@@ -293,7 +294,7 @@ class _Insertion:
         quantized.meta = {key: value for key, value in node.meta.items() if key != "quantization"}
         node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
         self.quantizer_of[node] = self.quantizer_of[quantized] = name
-        self.changes.append(f"{name}: {self.model.get_submodule(name).extra_repr()}")
+        self.changes.append(f"{layer_name(node)}: {self.model.get_submodule(name).extra_repr()}")
 
     def _skipped(self, node: Node) -> bool:
         return any(matches(pattern, module_path(node)) for pattern in self.skip)

@@ -240,6 +240,8 @@ def test_explain(fraqat: Cli, compiled: Path) -> None:
     assert "2/Gemm" in [node["name"] for node in facts["nodes"]]
     assert not [name for name in weights if name.startswith("0.")]
     assert "packed 2.weight" in fraqat("explain", compiled, "2").out
+    touched = [entry["pass"] for entry in fraqat("explain", compiled, "1/gelu", "--json").json["passes"]]
+    assert touched[0] == "insert-fake-quant"
 
 
 def test_explain_an_unknown_layer(fraqat: Cli, compiled: Path) -> None:
