@@ -1,6 +1,6 @@
 """Fit the rates of `targets/htp/cost_model.csv` to measured latencies, and tell how far they err.
 
-    python tools/fit_cost_model.py MEASUREMENTS.csv [--write]
+    python tools/fit_cost_model.py MEASUREMENTS.csv [--write | --shipped]
 
 The measurements are public ones of Qualcomm AI Hub (columns model, component, device, precision, runtime, ms). What
 each model has to do is in `tools/cost_model_ops.csv`, which `tools/cost_model_architectures.py` makes. The error is
@@ -26,7 +26,7 @@ from rich.table import Table
 from scipy.optimize import least_squares
 
 from fraqat_compiler.targets.htp import cost_model
-from fraqat_compiler.targets.htp.cost_model import Amounts, Rates, Unit, demand, latency_ms, total
+from fraqat_compiler.targets.htp.cost_model import Amounts, Rates, Unit, demand, known_models, latency_ms, total
 from fraqat_compiler.targets.htp.op_counts import OpCount
 
 ROOT = Path(__file__).parents[1]
@@ -144,7 +144,7 @@ def read_measurements(path: Path) -> list[Row]:
     """The rows whose model is in the table of ops and whose precision is one."""
     known = set(_counts())
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [_row(row) for row in csv.DictReader(file) if row["precision"] in BITS]
+        rows = [_row(row) for row in csv.DictReader(file) if row["precision"] in BITS and _part(row["device"])]
     left_out = sorted({row.model for row in rows} - known)
     if left_out:
         print(f"not in {OPS_FILE.name}, left out: {', '.join(left_out)}")
@@ -152,11 +152,15 @@ def read_measurements(path: Path) -> list[Row]:
 
 
 def _row(row: dict[str, str]) -> Row:
-    part = next(part for prefix, part in PARTS.items() if row["device"].startswith(prefix))
     model = row["model"]
     if f"{model}/{row['component']}" in _counts():
         model = f"{model}/{row['component']}"
-    return Row(model, part, row["precision"], row["runtime"], float(row["ms"]))
+    return Row(model, _part(row["device"]), row["precision"], row["runtime"], float(row["ms"]))
+
+
+def _part(device: str) -> str:
+    """The SoC of a device; empty for one of another generation."""
+    return next((part for prefix, part in PARTS.items() if device.startswith(prefix)), "")
 
 
 @cache
@@ -321,10 +325,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measurements", type=Path)
     parser.add_argument("--write", action="store_true", help=f"write {COST_FILE.relative_to(ROOT)}")
+    parser.add_argument("--shipped", action="store_true", help="fit nothing: hold the shipped rates against the rows")
     options = parser.parse_args()
     rows = read_measurements(options.measurements)
-    errors, point = cross_validate(rows), fit(rows)
     console = Console(width=140)
+    if options.shipped:
+        shipped = [Error(row, latency_ms(_amounts_of(row), known_models()[row.part].rates)) for row in rows]
+        console.print(error_table(shipped), order_table(shipped))
+        return
+    errors, point = cross_validate(rows), fit(rows)
     for table in (error_table(errors), order_table(errors), unmeasured_table(point, rows)):
         console.print(table)
     if options.write:
