@@ -175,11 +175,13 @@ def _language_config(kind: Any) -> Any:
 
 
 def _gemma() -> nn.Module:
-    return transformers.Gemma2ForCausalLM(_language_config(transformers.Gemma2Config))
+    model: nn.Module = transformers.Gemma2ForCausalLM(_language_config(transformers.Gemma2Config))
+    return model
 
 
 def _llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(_language_config(transformers.LlamaConfig))
+    model: nn.Module = transformers.LlamaForCausalLM(_language_config(transformers.LlamaConfig))
+    return model
 
 
 def _tokens(length: int = LENGTH) -> Tensor:
