@@ -27,6 +27,7 @@ class FineTuneConfig:
         warmup: steps over which the rate rises from zero.
         grad_clip: greatest norm of all gradients together; None is no limit.
         optimizer_state: "keep" the moments of AdamW from stage to stage, or "reset" them when a stage begins.
+        range_rate: learning rate of learned ranges over that of the weights.
         losses: terms of the loss.
         stabilizers: what acts in the last stage.
         checkpoint_every: steps between checkpoints; one is also written at the end of every stage.
@@ -46,6 +47,7 @@ class FineTuneConfig:
     warmup: int = 10
     grad_clip: float | None = 1.0
     optimizer_state: Literal["keep", "reset"] = "keep"
+    range_rate: float = 1.0
     losses: tuple[Loss, ...] = (Mse(),)
     stabilizers: tuple[Stabilizer, ...] = ()
     checkpoint_every: int = 200
@@ -61,6 +63,7 @@ class FineTuneConfig:
             "cooldown": (0 <= self.cooldown <= 1, "a share from 0 to 1"),
             "warmup": (self.warmup >= 0, "0 or more"),
             "grad_clip": (self.grad_clip is None or self.grad_clip > 0, "positive, or None"),
+            "range_rate": (0 < self.range_rate < math.inf, "positive"),
             "losses": (bool(self.losses), "at least one"),
             "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
         }
@@ -91,6 +94,7 @@ class FineTuneConfig:
             "warmup": self.warmup,
             "grad_clip": self.grad_clip,
             "optimizer_state": self.optimizer_state,
+            "range_rate": self.range_rate,
             "loss": pipeline_text.join(self.losses),
             "stabilizers": pipeline_text.join(self.stabilizers),
             "seed": self.seed,

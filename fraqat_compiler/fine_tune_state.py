@@ -19,9 +19,11 @@ _OPTIMIZER = "optimizer."
 
 
 def trained_parameters(student: GraphModule) -> dict[str, Tensor]:
-    """Parameters that the graph reads and that want a gradient, each once, by name."""
+    """Parameters that the graph reads and that want a gradient, each once, by name; then the learned ranges."""
     names = [str(node.target) for node in student.graph.nodes if node.op == "get_attr"]
     tensors = {name: fx_graph.get_tensor(student, name) for name in dict.fromkeys(names)}
+    for name, module in _quantizers(student).items():
+        tensors |= {f"{name}.{kind}": parameter for kind, parameter in module.named_parameters(recurse=False)}
     return {
         name: tensor
         for name, tensor in tensors.items()
@@ -67,7 +69,8 @@ def load(found: Checkpoint, student: GraphModule, parameters: dict[str, Tensor],
             parameter.copy_(found.tensors[f"parameter:{name}"])
     for name, module in _quantizers(student).items():
         buffers = [buffer for buffer, _ in module.named_buffers()]
-        module.load_state_dict({buffer: found.tensors[f"quantizer:{name}.{buffer}"] for buffer in buffers})
+        kept = {buffer: found.tensors[f"quantizer:{name}.{buffer}"] for buffer in buffers}
+        module.load_state_dict(kept, strict=False)  # learned ranges are among the parameters
         if isinstance(module, WeightFakeQuantize):
             module.fitted_bit_width = found.state["fitted"][name]
     groups = optimizer.state_dict()["param_groups"]

@@ -10,6 +10,7 @@ constant to autograd.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -191,6 +192,69 @@ class _StaticStraightThrough(torch.autograd.Function):
         (values,) = ctx.saved_tensors
         inside = torch.ops.aten.hardtanh_backward(gradients[0], values, *ctx.bounds)
         return inside, None, None, None, None
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Fake quant whose step and zero point get gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        code_range: tuple[int, int],
+        gradient_scale: float,
+    ) -> Tensor:
+        ctx.code_range, ctx.gradient_scale = code_range, gradient_scale
+        ctx.save_for_backward(values, scale, zero_point)
+        codes = values.div(scale).round_()
+        if zero_point is None:
+            return codes.clamp_(*code_range).mul_(scale)
+        return codes.add_(zero_point).clamp_(*code_range).sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        values, scale, zero_point = ctx.saved_tensors
+        lowest, highest = ctx.code_range
+        position = values.div(scale)
+        if zero_point is not None:
+            position.add_(zero_point)
+        inside = torch.ops.aten.hardtanh_backward(gradients[0], position, lowest - 0.5, highest + 0.5)
+        outside = gradients[0] - inside
+        codes = position.round().clamp_(lowest, highest)
+        level = codes if zero_point is None else codes - zero_point
+        to_scale = inside.mul(codes - position).add_(outside * level)
+        scale_gradient = to_scale.sum_to_size(scale.shape).mul_(ctx.gradient_scale)
+        if zero_point is None:
+            return inside, scale_gradient, None, None, None
+        to_zero_point = outside.mul_(scale).neg_().sum_to_size(zero_point.shape).mul(ctx.gradient_scale)
+        return inside, scale_gradient, to_zero_point, None, None
+
+
+def learned_step(
+    values: Tensor,
+    scale: Tensor,
+    quant_min: int,
+    quant_max: int,
+    elements: float,
+    zero_point: Tensor | None = None,
+) -> Tensor:
+    """Fake quant that trains its step: LSQ (arXiv 1902.08153, Eq. 3), and its zero point: LSQ+ (arXiv 2004.09576).
+
+    Gradient of the step: round(v / s) - v / s inside the code range, the code less the zero point outside; of the zero
+    point: 0 inside, -s outside; both scaled by 1 / sqrt(elements * quant_max). Inside is as in the module's docstring.
+
+    Args:
+        values: any shape.
+        scale: broadcasts against it.
+        quant_min, quant_max: integer codes.
+        elements: how many values share a scale.
+        zero_point: floats of integer value, broadcast like `scale`; None is 0.
+    """
+    gradient_scale = 1 / math.sqrt(elements * quant_max)
+    result: Tensor = _LearnedStep.apply(values, scale, zero_point, (quant_min, quant_max), gradient_scale)
+    return result
 
 
 def straight_through(
