@@ -1,17 +1,19 @@
 """Run the study: train the teacher, sweep the learning rates, run every arm, write the tables and plots.
 
     python tools/study smoke                 # every part once
+    python tools/study digits                # the example's teacher; an hour on two cores
     python tools/study cpu --data DIR        # two hours on two cores
     python tools/study gpu --arms direct,fraqat --precisions W4A8
 
-What is done is kept under --out and not done again, so it can be cut off at any moment. Results come arm by arm, the
-headline first; `docs/study.md` is written anew from the results after every arm.
+What is done is kept under --out and not done again, so it can be cut off at any moment. Results come seed by seed, the
+headline's arms first; `docs/study.md` is written anew from them after every run.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +22,7 @@ sys.path.insert(0, str(ROOT / "examples" / "digits_dit"))  # its model, noise an
 import torch  # noqa: E402
 from arms import ARMS, HEADLINE, PRECISIONS  # noqa: E402
 from data import Digits  # noqa: E402
+from data import load as load_digits  # noqa: E402
 from images import FASHION_FOLDER, MissingDataError, load_cifar10, load_fashion  # noqa: E402
 from judge import FeatureNetwork, Judge, draw  # noqa: E402
 from runs import DRAW_SEED, SWEEP_SEED, Bench, RunKey  # noqa: E402
@@ -64,18 +67,21 @@ def _study(options: argparse.Namespace) -> None:
     seeds = config.seeds[: options.seeds]
     arms = sorted(options.arms.split(","), key=lambda name: name not in HEADLINE)
     for precision in options.precisions.split(","):
-        for arm in arms:
-            _run_arm(bench, precision, arm, seeds)
+        for key in runs_of(bench, precision, arms, seeds):
+            bench.result(key)
             write_summary(folder, options.docs, config)
 
 
-def _run_arm(bench: Bench, precision: str, arm: str, seeds: tuple[int, ...]) -> None:
-    if not ARMS[arm].trains:
-        bench.result(RunKey(precision, arm, None, 0))
-        return
-    rate = best_rate(bench, precision, arm)
+def runs_of(bench: Bench, precision: str, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[RunKey]:
+    """The runs of a precision: every arm with one seed, then with the next, so that a study cut short compares them."""
+    for arm in arms:
+        if not ARMS[arm].trains:
+            yield RunKey(precision, arm, None, 0)
+    trained = [arm for arm in arms if ARMS[arm].trains]
+    rates = {arm: best_rate(bench, precision, arm) for arm in trained}
     for seed in seeds:
-        bench.result(RunKey(precision, arm, rate, seed))
+        for arm in trained:
+            yield RunKey(precision, arm, rates[arm], seed)
 
 
 def best_rate(bench: Bench, precision: str, arm: str) -> float:
@@ -103,6 +109,9 @@ def prepare(config: StudyConfig, data: Path, folder: Path) -> Bench:
 
 
 def _load(config: StudyConfig, data: Path, part: str) -> Digits:
+    if config.dataset == "digits":
+        train, held_out = load_digits()
+        return train if part == "train" else Digits(*(torch.cat(pair) for pair in zip(train, held_out, strict=True)))
     return (load_cifar10 if config.dataset == "cifar10" else load_fashion)(data, part)
 
 

@@ -13,6 +13,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from study_config import StudyConfig
 from torch import nn
+from train import WEIGHTS as EXAMPLE_WEIGHTS
 from train import Trainer
 
 CHECKPOINT_EVERY = 250
@@ -33,7 +34,7 @@ def build(config: StudyConfig) -> DiT:
 
 def load_or_train(config: StudyConfig, images: Digits, folder: Path, device: torch.device) -> nn.Module:
     """The trained teacher; training goes on from where it was cut off."""
-    weights = folder / "teacher.safetensors"
+    weights = EXAMPLE_WEIGHTS if config.dataset == "digits" else folder / "teacher.safetensors"
     model = build(config)
     if not weights.is_file():
         partial = weights.with_suffix(".partial")
