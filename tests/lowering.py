@@ -15,9 +15,11 @@ from fraqat_compiler import onnx_io, parity
 from fraqat_compiler.calibration import calibrate
 from fraqat_compiler.capture import capture
 from fraqat_compiler.ir_verify import verify_onnx
+from fraqat_compiler.parity import Parity
 from fraqat_compiler.pass_base import PassContext
 from fraqat_compiler.pass_manager import PassManager
 from fraqat_compiler.passes.insert_fake_quant import InsertFakeQuant
+from fraqat_compiler.targets.htp import HtpTarget
 
 PREPARE = "remove-no-ops,fold-batch-norm,decompose-attention"
 EXPORT = "freeze-bit-width,export-onnx"
@@ -57,6 +59,23 @@ def distance(graph: GraphModule, onnx_graph: gs.Graph, args: tuple[Any, ...], fo
     scales = parity.output_scales(graph)
     pairs = zip(expected, actual, scales, strict=True)
     return max(float(np.abs(one.numpy() - other).max() / scale) for one, other, scale in pairs if scale)
+
+
+def htp_parity(model: nn.Module, x: torch.Tensor, activations: int, folder: Path) -> Parity:
+    """The HTP library's emulator against onnxruntime, on the file that the htp target lowers a model to."""
+    target = HtpTarget()
+    ctx = PassContext(target=target, example_inputs=((x,), {}))
+    text = f"{target.prepare_pipeline()},insert-fake-quant{{weights=8 activations={activations}}}"
+    graph = PassManager.from_text(text).run(capture(model.eval(), (x,)), ctx).model
+    calibrate(graph, [(x,)])
+    path = folder / "model.onnx"
+    lowered_graph: gs.Graph = PassManager.from_text(target.lower_pipeline()).run(graph, ctx).model
+    onnx_io.save(lowered_graph, path)
+    onnx_io.verify(path)
+    feeds = {lowered_graph.inputs[0].name: x.numpy()}
+    expected = parity.onnx_runner(path, optimized=False)(feeds)
+    actual = target.run(target.compile(path, folder), feeds)
+    return parity.compare([expected], [actual], dict(zip(expected, parity.output_scales(graph), strict=True)))
 
 
 def ops(graph: gs.Graph) -> list[str]:

@@ -109,12 +109,14 @@ class HtpTarget(Target):
     def prepare_pipeline(self) -> str:
         """Shapes are simplified last: what the passes before them write out has some too."""
         text = super().prepare_pipeline().replace("decompose-attention", "fuse-rms-norm,decompose-attention")
-        return f"{text},reduce-rank,simplify-shapes"
+        return f"{text},decompose-pad,reduce-rank,simplify-shapes"
 
     def lower_pipeline(self) -> str:
-        """Opset 23 has RMSNormalization."""
+        """Opset 23 has RMSNormalization; the rest is what the library refuses or computes wrongly, pass by pass."""
         text = super().lower_pipeline().replace("export-onnx", "export-onnx{opset=23}")
-        return text.replace("pack-int4", "convert-widths,expand-constants,pack-int4")
+        text = text.replace("share-qdq", "drop-negligible-addends,share-qdq")
+        legalize = "convert-widths,flatten-tanh,span-softmax-inputs,expand-constants"
+        return text.replace("pack-int4", f"{legalize},pack-int4")
 
     def check(self, model: Path) -> list[Finding]:
         """Ask the library itself: it prepares the whole graph, and names what it refuses."""
