@@ -50,7 +50,7 @@ def _flatten(graph: gs.Graph, node: gs.Node, names: qdq.Names, shapes: qdq.Share
     flat_x, flat_y = (gs.Variable(names.free(f"{tensor.name}_row"), np.float32, row) for tensor in (x, y))
     _reshape(graph, node, x, flat_x, names, shapes)
     node.inputs[0], node.outputs[0] = flat_x, flat_y
-    qdq.insert_pair(graph, names, flat_x, before, [node])  # type: ignore[arg-type]
+    qdq.insert_pair(graph, names, flat_x, before, [node])
     shaped = qdq.insert_pair(graph, names, flat_y, after, [])
     _reshape(graph, node, shaped, y, names, shapes)
 
