@@ -78,8 +78,8 @@ class BlendedWeightFakeQuantize(WeightFakeQuantize):
         if not self.enabled or self.spec.is_integer:
             return super().forward(weight)
         for quantizer in (self.lower, self.upper):
-            quantizer.least_scale = self.least_scale
+            quantizer.least_scale.copy_(self.least_scale)
         share = self.spec.bit_width - math.floor(self.spec.bit_width)
         blended: Tensor = self.lower(weight).lerp(self.upper(weight), share)
-        self.scale = self.lower.scale
+        self.scale = self.lower.scale.clone()
         return blended

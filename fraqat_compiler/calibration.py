@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from fraqat_compiler import fx_graph, quantizer
 from fraqat_compiler.errors import DataError, cause_of
@@ -70,6 +71,17 @@ def _observe(graph: GraphModule, batch: Batch, index: int) -> None:
             f"calibration batch {index} does not run through the captured graph: {cause_of(error)}.",
             "Every batch needs the structure, shapes and types of example_inputs().",
         ) from error
+
+
+def first_samples(batches: Iterable[Batch], count: int | None) -> Iterator[Batch]:
+    """Batches until they hold `count` samples (the first dimension of the first tensor); all of them for None."""
+    held = 0
+    for batch in batches:
+        if count is not None and held >= count:
+            return
+        yield batch
+        tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+        held += tensors[0].shape[0] if tensors else 1
 
 
 @contextmanager

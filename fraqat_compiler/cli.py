@@ -75,6 +75,19 @@ def compile_job(
     steps: Annotated[
         int | None, typer.Option(min=0, help="Steps of the fine-tune; 0 is post-training quantization.")
     ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="The same in passes over the training data.", rich_help_panel=_TUNE)
+    ] = None,
+    loss: Annotated[
+        str, typer.Option(metavar="TEXT", help="Loss: mse, kl, features{at=...}, task.", rich_help_panel=_TUNE)
+    ] = "mse",
+    train: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="What is trained: all, ff, attn, blocks, patterns.", rich_help_panel=_TUNE),
+    ] = "all",
+    recipe: Annotated[
+        str, typer.Option(metavar="TEXT", help="Ingredients: adamw{...},ema,lsq,...", rich_help_panel=_TUNE)
+    ] = "",
     target: Annotated[str, typer.Option(metavar="TEXT", help="Target, as in htp{soc=sm8750}.")] = "onnxruntime",
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
@@ -83,6 +96,9 @@ def compile_job(
     range_method: Annotated[
         RangeMethod, typer.Option("--calibration-range", help="How activation ranges follow from the data.")
     ] = "minmax",
+    calibration_samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples of the data that are used (default: all).")
+    ] = None,
     weight_range: Annotated[
         RangeMethod | None, typer.Option(help="The same for weights (default: mse; minmax with a fine-tune).")
     ] = None,
@@ -122,11 +138,16 @@ def compile_job(
             activations=activations,
             schedule=schedule,
             steps=steps,
+            epochs=epochs,
+            loss=loss,
+            train=train,
+            recipe=recipe,
             target=target,
             seed=seed,
             strict=strict,
             skip=skip,
             range_method=range_method,
+            calibration_samples=calibration_samples,
             weight_range=weight_range,
             lr=lr,
             tracer=tracer,

@@ -27,14 +27,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fraqat_compiler import fx_graph, layerwise, onnx_io, parity, survival
-from fraqat_compiler.calibration import Batch, calibrate, run_batch
+from fraqat_compiler.calibration import Batch, calibrate, first_samples, run_batch
 from fraqat_compiler.capture import Tracer, capture
 from fraqat_compiler.errors import DataError, TargetError, UsageError
 from fraqat_compiler.fake_quant import WeightFakeQuantize
-from fraqat_compiler.fine_tune import FineTuneConfig, FineTuneResult, fine_tune
+from fraqat_compiler.fine_tune import FineTuneResult, fine_tune
 from fraqat_compiler.instruments import Instrument
 from fraqat_compiler.job import Job, load_job
 from fraqat_compiler.layers import demanded_bytes, end_widths, layers, parameter_counts, set_weight_bit_width
+from fraqat_compiler.learned_ranges import settle_ranges
+from fraqat_compiler.losses import parse_losses
 from fraqat_compiler.manifest import write_manifest
 from fraqat_compiler.output_folder import OutputFolder
 from fraqat_compiler.parity import Parity, TorchRunner
@@ -44,14 +46,16 @@ from fraqat_compiler.passes.insert_fake_quant import InsertFakeQuant
 from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.progress import Progress
 from fraqat_compiler.quant_spec import MAX_EXPORTED_BIT_WIDTH, RangeMethod
+from fraqat_compiler.recipe import Recipe, parse_recipe
 from fraqat_compiler.registry import parse_target
 from fraqat_compiler.report import write_report
 from fraqat_compiler.schedule import BitWidthSchedule, parse_schedule
 from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target
+from fraqat_compiler.task import TaskObjective
+from fraqat_compiler.training_setup import apply_recipe, budget, make_config, own_parameters
 from fraqat_compiler.widths import Widths
 
 SCHEMA_VERSION = 1
-DEFAULT_STEPS = 400
 PARITY_SAMPLES = 4
 SIZE_TOLERANCE = 0.03
 MODEL_FILE = "model.onnx"
@@ -67,13 +71,18 @@ class CompileOptions:
     Attributes:
         weights, activations: widths with overrides by module name (`4,lm_head=8`).
         schedule: name or text of the bit-width schedule of the fine-tune.
-        steps: optimizer steps of the fine-tune; 0 is post-training quantization; None is DEFAULT_STEPS where the job
-            has training data, else 0.
+        steps: optimizer steps of the fine-tune; 0 is post-training quantization; None is 400 where the job has
+            training data, else 0.
+        epochs: the same in passes over the training data, instead of `steps`.
+        loss: what the student is told to do, terms with commas (`mse`, `kl{temperature=2},task{weight=0.5}`).
+        train: which parameters are trained: `all`, or groups (`ff`, `attn`, `blocks`) and module patterns with commas.
+        recipe: optimizer, stabilizers, learned ranges and more, with commas (`ema,freeze-oscillations,lsq`).
         target: target text.
         seed: of every random choice.
         strict: an op that stays in float unexpectedly is an error.
         skip: modules left in float, patterns joined by commas.
         range_method: how activation ranges follow from calibration.
+        calibration_samples: of the calibration data only as many batches as hold so many samples; None is all.
         weight_range: how weight ranges follow from the weights; None is `mse` without a fine-tune, else `minmax`.
         lr: learning rate of the fine-tune; None is the loop's default.
         tracer: how the model is captured.
@@ -84,11 +93,16 @@ class CompileOptions:
     activations: str = "8"
     schedule: str = "fraqat"
     steps: int | None = None
+    epochs: float | None = None
+    loss: str = "mse"
+    train: str = "all"
+    recipe: str = ""
     target: str = "onnxruntime"
     seed: int = 0
     strict: bool = False
     skip: str = ""
     range_method: RangeMethod = "minmax"
+    calibration_samples: int | None = None
     weight_range: RangeMethod | None = None
     lr: float | None = None
     tracer: Tracer = "export"
@@ -169,8 +183,21 @@ def _refuse_unusable(settings: CompileOptions) -> None:
                     "End at one of them, or at float; the schedule may pass through fractions on its way.",
                 )
     parse_schedule(settings.schedule, end=min(filter(None, Widths.parse(settings.weights).all), default=8.0))
+    _refuse_idle(settings)
     if settings.lr is not None and not 0 < settings.lr < math.inf:
         raise UsageError(f"--lr {settings.lr} is no learning rate.", "It is a positive number.")
+
+
+def _refuse_idle(settings: CompileOptions) -> None:
+    """Texts that do not parse, and ingredients of a fine-tune that is not asked for."""
+    parse_losses(settings.loss)
+    idle = parse_recipe(settings.recipe).needs_training
+    if settings.steps == 0 and idle:
+        raise UsageError(f"--recipe {idle[0]} needs a fine-tune, and --steps is 0.", "Leave one of them out.")
+    if settings.calibration_samples is not None and settings.calibration_samples < 1:
+        raise UsageError(f"--calibration-samples {settings.calibration_samples} are none.", "Give 1 or more.")
+    if settings.epochs is not None and not 0 < settings.epochs < math.inf:
+        raise UsageError(f"--epochs {settings.epochs:g} is no budget.", "It is a positive number.")
 
 
 def _job(job: Job | nn.Module | str | Path, example_inputs: Any) -> Job:
@@ -196,6 +223,9 @@ class _Compilation:
     phases: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     pipelines: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.recipe: Recipe = parse_recipe(self.options.recipe)
 
     def run(self) -> CompileResult:
         _seed_everything(self.options.seed)
@@ -238,11 +268,15 @@ class _Compilation:
         """The float graph that teaches, and the same with fake quants; they share every tensor."""
         prepared = self._run_passes(self.target.prepare_pipeline(), captured)
         student = fx_graph.shared_copy(prepared)
-        return prepared, self._run_passes(to_text(self._insert_pass()), student)
+        weights = self.options.weights
+        if self.recipe.low_rank is not None:
+            student = self._run_passes(to_text(self.recipe.low_rank), student)
+            weights = self.recipe.widths(weights, student)
+        return prepared, self._run_passes(to_text(self._insert_pass(weights)), student)
 
-    def _insert_pass(self) -> InsertFakeQuant:
+    def _insert_pass(self, weights: str) -> InsertFakeQuant:
         return InsertFakeQuant(
-            weights=self.options.weights,
+            weights=weights,
             activations=self.options.activations,
             skip=self.options.skip,
             range_method=self.options.range_method,
@@ -251,14 +285,7 @@ class _Compilation:
         )
 
     def _steps(self) -> int:
-        if self.job.train_data is None:
-            if self.options.steps:
-                raise UsageError(
-                    f"--steps {self.options.steps} needs training data, and the job defines no train_data().",
-                    "Define it, or leave --steps out for post-training quantization.",
-                )
-            return 0
-        return DEFAULT_STEPS if self.options.steps is None else self.options.steps
+        return budget(self.job, self.options.steps, self.options.epochs)
 
     def _calibration_batches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Batch]:
         if self.job.calibration_data is None:
@@ -266,7 +293,7 @@ class _Compilation:
                 "The job defines no calibration_data(): activation ranges come from the example inputs alone."
             )
             return [kwargs or args]
-        batches = list(self.job.calibration_batches())
+        batches = list(first_samples(self.job.calibration_batches(), self.options.calibration_samples))
         if not batches:
             raise DataError("the calibration data is empty.", "Let calibration_data() yield at least one batch.")
         return batches
@@ -278,8 +305,17 @@ class _Compilation:
         ends = end_widths(student)
         schedule = self._schedule(ends, steps)
         self._check_draft(student)
-        _own_parameters(student)
-        config = self._fine_tune_config(schedule, steps)
+        trained = own_parameters(student, self.options.train)
+        apply_recipe(student, self.recipe, trained)
+        config = make_config(
+            schedule,
+            steps,
+            self.recipe,
+            self.options.loss,
+            self.options.seed,
+            lr=self.options.lr,
+            checkpoint_every=self.options.checkpoint_every,
+        )
         with self._phase("fine-tune", steps):
             result = fine_tune(
                 student,
@@ -289,7 +325,9 @@ class _Compilation:
                 folder=self.folder.checkpoints,
                 resume=self.resume,
                 progress=self.progress,
+                task=self._task(),
             )
+        settle_ranges(student)
         set_weight_bit_width(student, ends)
         return result
 
@@ -298,11 +336,8 @@ class _Compilation:
         schedule.steps(steps)  # refuses a budget that is too small before anything long begins
         return schedule
 
-    def _fine_tune_config(self, schedule: BitWidthSchedule, steps: int) -> FineTuneConfig:
-        config = FineTuneConfig(steps=steps, schedule=schedule, seed=self.options.seed)
-        given = {"lr": self.options.lr, "checkpoint_every": self.options.checkpoint_every}
-        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return dataclasses.replace(config, **chosen)
+    def _task(self) -> TaskObjective | None:
+        return TaskObjective(self.job.loss, self.job.example_inputs()) if self.job.loss else None
 
     def _check_draft(self, student: GraphModule) -> None:
         """Lower and check before the fine-tune: a limit of the hardware surfaces now and not after hours."""
@@ -538,15 +573,6 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-def _own_parameters(student: GraphModule) -> None:
-    """Give the student copies of the parameters that it trains; the teacher keeps the originals."""
-    names = {str(node.target) for node in student.graph.nodes if node.op == "get_attr"}
-    for name in sorted(names):
-        parameter = fx_graph.get_tensor(student, name)
-        if isinstance(parameter, nn.Parameter):
-            fx_graph.set_tensor(student, name, nn.Parameter(parameter.detach().clone()))
 
 
 def _thaw(student: GraphModule) -> None:

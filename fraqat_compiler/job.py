@@ -9,6 +9,8 @@ and, where it can,
 
 - `calibration_data()`: batches for activation ranges,
 - `train_data()`: batches for the fine-tune,
+- `loss(outputs, batch)`: a scalar tensor, for the loss `task`; then batches of `train_data()` may hold more than the
+  model's inputs (positional entries after them, or further names), which only this function sees,
 - `evaluate(run) -> dict[str, float]`: metrics of anything that is called like the model,
 - `samples(run)`: an image array, uint8 (height, width) or (height, width, 3), for the report.
 
@@ -40,7 +42,7 @@ from fraqat_compiler.siblings import siblings
 Batch = Any
 Run = Callable[..., Any]
 _REQUIRED = ("model", "example_inputs")
-_OPTIONAL = ("calibration_data", "train_data", "evaluate", "samples")
+_OPTIONAL = ("calibration_data", "train_data", "loss", "evaluate", "samples")
 _WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")
 _FORMS = "A job is FILE.py, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION."
 
@@ -58,6 +60,7 @@ class Job:
     example_inputs: Callable[[], Any]
     calibration_data: Callable[[], Iterable[Batch]] | None = None
     train_data: Callable[[], Iterable[Batch]] | None = None
+    loss: Callable[[Any, Batch], torch.Tensor] | None = None
     evaluate: Callable[[Run], dict[str, float]] | None = None
     samples: Callable[[Run], Any] | None = None
 

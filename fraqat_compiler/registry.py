@@ -36,6 +36,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "decompose-activations": "fraqat_compiler.passes.decompose_activations:DecomposeActivations",
         "decompose-pad": "fraqat_compiler.passes.decompose_pad:DecomposePad",
         "clip-masks": "fraqat_compiler.passes.clip_masks:ClipMasks",
+        "split-low-rank": "fraqat_compiler.passes.split_low_rank:SplitLowRank",
         "insert-fake-quant": "fraqat_compiler.passes.insert_fake_quant:InsertFakeQuant",
         "freeze-bit-width": "fraqat_compiler.passes.freeze_bit_width:FreezeBitWidth",
         "export-onnx": "fraqat_compiler.passes.export_onnx:ExportOnnx",
