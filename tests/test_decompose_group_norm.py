@@ -59,7 +59,7 @@ def test_without_affine_there_is_no_map_of_channels() -> None:
 def test_parameters_keep_their_names_and_are_still_trained() -> None:
     graph, _ = _run(nn.Sequential(nn.Conv2d(3, 8, 1), _with_random_affine(nn.GroupNorm(2, 8))), torch.randn(1, 3, 4, 4))
     parameters = dict(graph.named_parameters())
-    assert parameters["1.weight"].shape == parameters["1.bias"].shape == (1, 8, 1, 1)
+    assert parameters["1.weight"].shape == (8, 1, 1, 1) and parameters["1.bias"].shape == (8,)
     graph(torch.randn(1, 3, 4, 4)).square().sum().backward()
     assert parameters["1.weight"].grad is not None and parameters["1.weight"].grad.abs().sum() > 0
 
