@@ -19,7 +19,7 @@ class FlattenTanh(OnnxPass):
 
     Before: `Tanh(DQ(x [16, 64])) -> Q`. After: `Reshape [1, 1024] -> Q -> DQ -> Tanh -> Q -> DQ -> Reshape [16, 64] ->
     Q`, every pair with the parameters of the one beside it. The HTP library computes garbage where a 16-bit Tanh
-    follows a linear layer in its shape. Does nothing at 8 bits, and to a Tanh of one row.
+    follows a linear layer in its shape. Does nothing at 8 bits, and to a Tanh of one row, at any rank.
     """
 
     name: ClassVar[str] = "flatten-tanh"
@@ -40,7 +40,7 @@ def _is_wide(node: gs.Node) -> bool:
     readers = node.outputs[0].outputs
     if source is None or shape is None or not readers or any(reader.op != qdq.QUANTIZE for reader in readers):
         return False
-    return qdq.code_type(source) == np.uint16 and list(shape) != [1, prod(shape)]
+    return qdq.code_type(source) == np.uint16 and prod(shape[:-1]) > 1
 
 
 def _flatten(graph: gs.Graph, node: gs.Node, names: qdq.Names, shapes: qdq.SharedConstants) -> None:

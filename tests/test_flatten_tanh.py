@@ -33,8 +33,8 @@ def test_a_wide_tanh_is_computed_on_one_row(tmp_path: Path) -> None:
     assert not FlattenTanh().run(graph, PassContext()).modified
 
 
-@pytest.mark.parametrize(("shape", "activations"), [((16, 64), "8"), ((1, 64), "16")])
-def test_others_are_left_alone(shape: tuple[int, int], activations: str) -> None:
+@pytest.mark.parametrize(("shape", "activations"), [((16, 64), "8"), ((1, 64), "16"), ((1, 1, 64), "16")])
+def test_others_are_left_alone(shape: tuple[int, ...], activations: str) -> None:
     graph = lowered(fake_quantized(_model(), (torch.randn(shape),), activations=activations), LOWER)
     assert not FlattenTanh().run(graph, PassContext()).modified
 

@@ -5,6 +5,7 @@ Each rule was measured against the library; it reads the graph only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def _wide_tanh(node: gs.Node) -> bool:
     if node.op != "Tanh" or not _reads_16_bits(node):
         return False
     shape = node.inputs[0].shape
-    return not (shape is not None and len(shape) == 2 and shape[0] == 1)
+    return shape is None or math.prod(shape[:-1]) > 1
 
 
 def _flat_softmax(node: gs.Node) -> bool:
@@ -165,8 +166,8 @@ _RULES = (
     ),
     _Rule(
         _wide_tanh,
-        "Tanh at 16 bits is garbage at many shapes that are not flat",
-        "Reshape to [1, N] around it, or use 8 bits there.",
+        "Tanh at 16 bits is garbage at many shapes of several rows",
+        "Reshape to [1, N] around it (pass flatten-tanh), or use 8 bits there.",
     ),
     _Rule(
         _flat_softmax,
