@@ -54,6 +54,46 @@ DumpIr = Annotated[
     typer.Option("--dump-ir", metavar="DIR", help="Write the graph after every pass to DIR.", rich_help_panel=_IR),
 ]
 TimePasses = Annotated[bool, typer.Option("--time-passes", help="Print the time of each pass.", rich_help_panel=_IR)]
+JobText = Annotated[str, typer.Argument(metavar="JOB", help="FILE.py, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results (default: out/JOB).")
+]
+Weights = Annotated[str, typer.Option(metavar="BITS", help="Weight bits; overrides by module: 4,lm_head=8.")]
+Activations = Annotated[str, typer.Option(metavar="BITS", help="Activation bits: 8,proj_out=16.")]
+Schedule = Annotated[
+    str,
+    typer.Option(metavar="NAME|TEXT", help="Bits over the fine-tune: a name, as geometric{stages=5}, or 8x1,6x1,4x2."),
+]
+Steps = Annotated[int | None, typer.Option(min=0, help="Steps of the fine-tune; 0 is post-training quantization.")]
+Epochs = Annotated[float | None, typer.Option(help="The same in passes over the training data.", rich_help_panel=_TUNE)]
+Loss = Annotated[
+    str, typer.Option(metavar="TEXT", help="Loss: mse, kl, features{at=...}, task, with commas.", rich_help_panel=_TUNE)
+]
+Train = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES", help="What is trained: all, ff, attn, blocks, module patterns.", rich_help_panel=_TUNE
+    ),
+]
+RecipeText = Annotated[
+    str, typer.Option("--recipe", metavar="TEXT", help="Ingredients: adamw{...},ema,lsq,...", rich_help_panel=_TUNE)
+]
+TargetText = Annotated[str, typer.Option("--target", metavar="TEXT", help="Target, as in htp{soc=sm8750}.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")]
+Strict = Annotated[bool, typer.Option("--strict", help="An op that stays in float is an error.")]
+Skip = Annotated[str, typer.Option(metavar="NAMES", help="Modules left in float, with commas; * matches.")]
+CalibrationRange = Annotated[
+    RangeMethod, typer.Option("--calibration-range", help="How activation ranges follow from the data.")
+]
+CalibrationSamples = Annotated[
+    int | None, typer.Option(min=1, help="Samples of the data that are used (default: all).")
+]
+WeightRange = Annotated[
+    RangeMethod | None, typer.Option(help="The same for weights (default: mse; minmax with a fine-tune).")
+]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_TUNE)]
+CheckpointEvery = Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_TUNE)]
 VerifyEach = Annotated[
     bool,
     typer.Option("--verify-each/--no-verify-each", help="Verify the graph after every pass.", rich_help_panel=_IR),
@@ -63,49 +103,26 @@ VerifyEach = Annotated[
 @app.command("compile")
 @answering
 def compile_job(
-    job: Annotated[str, typer.Argument(metavar="JOB", help="FILE.py, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results (default: out/JOB).")
-    ] = None,
-    weights: Annotated[str, typer.Option(metavar="BITS", help="Weight bits; overrides by module: 4,lm_head=8.")] = "4",
-    activations: Annotated[str, typer.Option(metavar="BITS", help="Activation bits: 8,proj_out=16.")] = "8",
-    schedule: Annotated[
-        str, typer.Option(metavar="NAME|TEXT", help="Bits over the fine-tune: a name or 8x1,6x1,4x2.")
-    ] = "fraqat",
-    steps: Annotated[
-        int | None, typer.Option(min=0, help="Steps of the fine-tune; 0 is post-training quantization.")
-    ] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="The same in passes over the training data.", rich_help_panel=_TUNE)
-    ] = None,
-    loss: Annotated[
-        str, typer.Option(metavar="TEXT", help="Loss: mse, kl, features{at=...}, task.", rich_help_panel=_TUNE)
-    ] = "mse",
-    train: Annotated[
-        str,
-        typer.Option(metavar="NAMES", help="What is trained: all, ff, attn, blocks, patterns.", rich_help_panel=_TUNE),
-    ] = "all",
-    recipe: Annotated[
-        str, typer.Option(metavar="TEXT", help="Ingredients: adamw{...},ema,lsq,...", rich_help_panel=_TUNE)
-    ] = "",
-    target: Annotated[str, typer.Option(metavar="TEXT", help="Target, as in htp{soc=sm8750}.")] = "onnxruntime",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="An op that stays in float is an error.")] = False,
-    skip: Annotated[str, typer.Option(metavar="NAMES", help="Modules left in float, with commas; * matches.")] = "",
-    range_method: Annotated[
-        RangeMethod, typer.Option("--calibration-range", help="How activation ranges follow from the data.")
-    ] = "minmax",
-    calibration_samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples of the data that are used (default: all).")
-    ] = None,
-    weight_range: Annotated[
-        RangeMethod | None, typer.Option(help="The same for weights (default: mse; minmax with a fine-tune).")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_TUNE)] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_TUNE)
-    ] = None,
+    job: JobText,
+    output: Output = None,
+    weights: Weights = "4",
+    activations: Activations = "8",
+    schedule: Schedule = "fraqat",
+    steps: Steps = None,
+    epochs: Epochs = None,
+    loss: Loss = "mse",
+    train: Train = "all",
+    recipe: RecipeText = "",
+    target: TargetText = "onnxruntime",
+    seed: Seed = 0,
+    resume: Resume = False,
+    strict: Strict = False,
+    skip: Skip = "",
+    range_method: CalibrationRange = "minmax",
+    calibration_samples: CalibrationSamples = None,
+    weight_range: WeightRange = None,
+    lr: LearningRate = None,
+    checkpoint_every: CheckpointEvery = None,
     tracer: Annotated[Literal["export", "symbolic_trace"], typer.Option(help="How the model is captured.")] = "export",
     print_ir_before: PrintBefore = None,
     print_ir_after: PrintAfter = None,
@@ -154,6 +171,70 @@ def compile_job(
             checkpoint_every=checkpoint_every,
         )
     return Answer(result.report, lambda console: terminal.show_report(console, result.report, folder))
+
+
+@app.command("simulate")
+@answering
+def simulate_job(
+    job: JobText,
+    output: Output = None,
+    weights: Weights = "4",
+    activations: Activations = "8",
+    schedule: Schedule = "fraqat",
+    steps: Steps = None,
+    epochs: Epochs = None,
+    loss: Loss = "mse",
+    train: Train = "all",
+    recipe: RecipeText = "",
+    target: TargetText = "onnxruntime",
+    seed: Seed = 0,
+    resume: Resume = False,
+    strict: Strict = False,
+    skip: Skip = "",
+    range_method: CalibrationRange = "minmax",
+    calibration_samples: CalibrationSamples = None,
+    weight_range: WeightRange = None,
+    lr: LearningRate = None,
+    checkpoint_every: CheckpointEvery = None,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Activation ranges from every token anew, as no file can hold them.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Answer:
+    """Quantize and fine-tune a model and measure it in torch: also at widths that no file can hold (4.5 bits)."""
+    from fraqat_compiler import terminal
+    from fraqat_compiler.job import job_name
+    from fraqat_compiler.progress import RichProgress
+    from fraqat_compiler.simulation import simulate
+
+    folder = output or Path("out") / job_name(job)
+    with _kept_on_interrupt(folder):
+        result = simulate(
+            job,
+            output=folder,
+            resume=resume,
+            progress=RichProgress(),
+            weights=weights,
+            activations=activations,
+            schedule=schedule,
+            steps=steps,
+            epochs=epochs,
+            loss=loss,
+            train=train,
+            recipe=recipe,
+            target=target,
+            seed=seed,
+            strict=strict,
+            skip=skip,
+            range_method=range_method,
+            calibration_samples=calibration_samples,
+            weight_range=weight_range,
+            lr=lr,
+            checkpoint_every=checkpoint_every,
+            dynamic=dynamic,
+        )
+    return Answer(result.report, lambda console: terminal.show_simulation(console, result.report, folder))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ CHECKPOINTS = "checkpoints"
 REMOTE_JOBS = "remote_jobs"
 REPRODUCER = "reproducer"
 LOGS = "logs"
+SIMULATION_FILE = "simulation.json"
 BOOKKEEPING = (MANIFEST_FILE, LOCK_FILE, STAGING, RESULTS_FILE, CHECKPOINTS, REMOTE_JOBS, REPRODUCER, LOGS)
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",

@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fraqat_compiler.output_folder import SIMULATION_FILE
 from fraqat_compiler.report import PAGE_FILE, STAGES, excess_bytes, format_bytes, format_number, quantized_share
 
 Rows = Iterable[Mapping[str, Any]]
@@ -49,6 +50,21 @@ def show_report(console: Console, report: Mapping[str, Any], folder: Path) -> No
     for line in report.get("warnings", []):
         console.print(Text.assemble(("warning: ", "yellow"), line))
     console.print(Text(f"report: {folder / PAGE_FILE}"), soft_wrap=True)
+
+
+def show_simulation(console: Console, report: Mapping[str, Any], folder: Path) -> None:
+    """The figures of a simulation."""
+    rows = [
+        ("parameters", f"{report['model']['parameters']:,}, {100 * quantized_share(report):.1f} % of them quantized"),
+        ("layers", _layer_counts(report["layers"])),
+        *([("last loss", format_number(report["schedule"][-1]["loss"]))] if report["schedule"] else []),
+    ]
+    console.print(table(str(report["model"]["name"]), ("", ""), rows, texts=2))
+    if report["metrics"]["quantized"]:
+        console.print(_metrics(report["metrics"]))
+    for line in report["warnings"]:
+        console.print(Text.assemble(("warning: ", "yellow"), line))
+    console.print(Text(f"simulation: {folder / SIMULATION_FILE}"), soft_wrap=True)
 
 
 def _figures(report: Mapping[str, Any]) -> Table:

@@ -1,0 +1,223 @@
+"""From a job to a student that is calibrated and fine-tuned: the phases that a compile and a simulation share."""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fraqat_compiler import fx_graph
+from fraqat_compiler.calibration import Batch, calibrate, first_samples
+from fraqat_compiler.capture import capture
+from fraqat_compiler.compile_options import CompileOptions
+from fraqat_compiler.errors import DataError
+from fraqat_compiler.fine_tune import FineTuneResult, fine_tune
+from fraqat_compiler.instruments import Instrument
+from fraqat_compiler.job import Job, load_job
+from fraqat_compiler.layers import end_widths, set_weight_bit_width
+from fraqat_compiler.learned_ranges import settle_ranges
+from fraqat_compiler.output_folder import OutputFolder
+from fraqat_compiler.pass_base import PassContext
+from fraqat_compiler.pass_manager import PassManager, PassRecord
+from fraqat_compiler.passes.insert_fake_quant import InsertFakeQuant
+from fraqat_compiler.pipeline_text import to_text
+from fraqat_compiler.progress import Progress
+from fraqat_compiler.recipe import Recipe, parse_recipe
+from fraqat_compiler.schedule import BitWidthSchedule, parse_schedule
+from fraqat_compiler.target import Target
+from fraqat_compiler.task import TaskObjective
+from fraqat_compiler.training_setup import apply_recipe, budget, make_config, own_parameters
+
+
+class Tuned(NamedTuple):
+    """What the phases hand on.
+
+    Attributes:
+        teacher: the float graph.
+        student: the graph with fake quants, calibrated and fine-tuned.
+        batches: what it was calibrated on.
+        history: of the fine-tune; None without one.
+        metrics: the job's, of the float graph.
+    """
+
+    teacher: GraphModule
+    student: GraphModule
+    batches: list[Batch]
+    history: FineTuneResult | None
+    metrics: dict[str, float]
+
+
+@dataclass
+class Tuning:
+    """The phases capture -> insert (prepare pipeline) -> calibrate -> fine-tune, and the records that they leave."""
+
+    job: Job
+    options: CompileOptions
+    target: Target
+    folder: OutputFolder
+    progress: Progress
+    instruments: tuple[Instrument, ...]
+    resume: bool
+    records: list[PassRecord] = field(default_factory=list)
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    pipelines: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.recipe: Recipe = parse_recipe(self.options.recipe)
+
+    def tune(self) -> Tuned:
+        """Run them."""
+        _seed_everything(self.options.seed)
+        with self._phase("capture"):
+            model, args, kwargs = self._load_model()
+            teacher = capture(model, args, kwargs, tracer=self.options.tracer)
+        self.context = PassContext(target=self.target, example_inputs=(args, kwargs), work_dir=self.folder.staging)
+        with self._phase("insert"):
+            teacher, student = self._insert(teacher)
+        batches = self._calibration_batches(args, kwargs)
+        with self._phase("calibrate", len(batches)):
+            calibrate(student, batches, self.progress.update)
+        metrics = self.metrics("evaluate float", teacher)
+        return Tuned(teacher, student, batches, self._fine_tune(teacher, student), metrics)
+
+    def before_training(self, student: GraphModule) -> None:
+        """Called when all is ready for the fine-tune."""
+
+    def _load_model(self) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        model = self.job.model()
+        inputs = self.job.example_inputs()
+        return (model, (), dict(inputs)) if isinstance(inputs, dict) else (model, _as_tuple(inputs), {})
+
+    def _insert(self, captured: GraphModule) -> tuple[GraphModule, GraphModule]:
+        """The float graph that teaches, and the same with fake quants; they share every tensor."""
+        prepared = self._run_passes(self.target.prepare_pipeline(), captured)
+        student = fx_graph.shared_copy(prepared)
+        weights = self.options.weights
+        if self.recipe.low_rank is not None:
+            student = self._run_passes(to_text(self.recipe.low_rank), student)
+            weights = self.recipe.widths(weights, student)
+        return prepared, self._run_passes(to_text(self._insert_pass(weights)), student)
+
+    def _insert_pass(self, weights: str) -> InsertFakeQuant:
+        return InsertFakeQuant(
+            weights=weights,
+            activations=self.options.activations,
+            skip=self.options.skip,
+            range_method=self.options.range_method,
+            weight_range=self.options.weight_range or ("minmax" if self._steps() else "mse"),
+            strict=self.options.strict,
+            dynamic=self.options.dynamic,
+        )
+
+    def _steps(self) -> int:
+        return budget(self.job, self.options.steps, self.options.epochs)
+
+    def _calibration_batches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Batch]:
+        if self.job.calibration_data is None:
+            self.warnings.append(
+                "The job defines no calibration_data(): activation ranges come from the example inputs alone."
+            )
+            return [kwargs or args]
+        batches = list(first_samples(self.job.calibration_batches(), self.options.calibration_samples))
+        if not batches:
+            raise DataError("the calibration data is empty.", "Let calibration_data() yield at least one batch.")
+        return batches
+
+    def _fine_tune(self, teacher: GraphModule, student: GraphModule) -> FineTuneResult | None:
+        steps, data = self._steps(), self.job.train_data
+        if not steps or data is None:
+            return None
+        ends = end_widths(student)
+        schedule = self._schedule(ends, steps)
+        self.before_training(student)
+        trained = own_parameters(student, self.options.train)
+        apply_recipe(student, self.recipe, trained)
+        config = make_config(
+            schedule,
+            steps,
+            self.recipe,
+            self.options.loss,
+            self.options.seed,
+            lr=self.options.lr,
+            checkpoint_every=self.options.checkpoint_every,
+        )
+        with self._phase("fine-tune", steps):
+            result = fine_tune(
+                student,
+                teacher,
+                data,
+                config,
+                folder=self.folder.checkpoints,
+                resume=self.resume,
+                progress=self.progress,
+                task=self._task(),
+            )
+        settle_ranges(student)
+        set_weight_bit_width(student, ends)
+        return result
+
+    def _schedule(self, ends: dict[str, float], steps: int) -> BitWidthSchedule:
+        schedule = parse_schedule(self.options.schedule, end=min(ends.values(), default=8.0))
+        schedule.steps(steps)  # refuses a budget that is too small before anything long begins
+        return schedule
+
+    def _task(self) -> TaskObjective | None:
+        return TaskObjective(self.job.loss, self.job.example_inputs()) if self.job.loss else None
+
+    def metrics(self, phase: str, run: Callable[..., Any]) -> dict[str, float]:
+        """The job's metrics of a model, each from the same random state.
+
+        The float model is measured before the fine-tune: an evaluate() that fails costs no hours.
+        """
+        if self.job.evaluate is None:
+            return {}
+        with self._phase(phase), torch.no_grad():
+            _seed_everything(self.options.seed)
+            metrics = self.job.metrics(run)
+        _seed_everything(self.options.seed)
+        return metrics
+
+    def _run_passes(self, text: str, model: Any) -> Any:
+        manager = PassManager.from_text(text)
+        self.pipelines.append(str(manager))
+        result = manager.run(model, self.context, self.instruments, reproducer=self.folder.reproducer)
+        self.records.extend(result.records)
+        return result.model
+
+    @contextmanager
+    def _phase(self, name: str, total: int | None = None) -> Iterator[None]:
+        start = time.perf_counter()
+        with self.progress.phase(name, total):
+            yield
+        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        self.phases.append({"name": name, "seconds": time.perf_counter() - start, "peak_memory_bytes": peak * 1024})
+
+
+def _as_tuple(inputs: Any) -> tuple[Any, ...]:
+    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def job_of(job: Job | nn.Module | str | Path, example_inputs: Any) -> Job:
+    """The job of what the front doors take: a Job, the text of one, or a module with example inputs."""
+    if isinstance(job, Job):
+        return job
+    if isinstance(job, nn.Module):
+        return Job.from_model(job, example_inputs)
+    return load_job(str(job))
