@@ -315,12 +315,25 @@ def test_passes_and_targets_are_listed_and_documented(fraqat: Cli) -> None:
 
 def test_every_flag_of_compile_reaches_it(fraqat: Cli, job: Path, tmp_path: Path) -> None:
     given = "--weights 8 --activations 16 --schedule direct --steps 2 --seed 7 --skip 2 --calibration-range mse "
+    given += "--loss kl --train 0 --recipe ema --calibration-samples 9 "
     given += "--weight-range percentile --lr 0.001 --checkpoint-every 1 --tracer symbolic_trace --strict"
     options = fraqat("compile", job, "-o", tmp_path / "o", "--json", *given.split()).json["options"]
     texts = {"weights": "8", "activations": "16", "schedule": "direct", "skip": "2", "tracer": "symbolic_trace"}
     numbers = {"steps": 2, "seed": 7, "lr": 0.001, "checkpoint_every": 1, "strict": True}
-    rest = {"range_method": "mse", "weight_range": "percentile", "target": "onnxruntime"}
-    assert options == texts | numbers | rest
+    rest = {"range_method": "mse", "weight_range": "percentile", "target": "onnxruntime", "dynamic": False}
+    tuning = {"loss": "kl", "train": "0", "recipe": "ema", "calibration_samples": 9, "epochs": None}
+    assert options == texts | numbers | rest | tuning
+
+
+def test_simulate_measures_what_no_file_can_hold(fraqat: Cli, job: Path, tmp_path: Path) -> None:
+    given = "--weights 4.5 --schedule 8x1,4.5x1 --steps 4 --dynamic --json"
+    report = fraqat("simulate", job, "-o", tmp_path / "o", *given.split()).json
+    assert [stage["bits"] for stage in report["schedule"]] == [8, 4.5]
+    assert json.loads((tmp_path / "o/simulation.json").read_text()) == report
+    assert "simulation.json" in fraqat("simulate", job, "-o", tmp_path / "o", "--steps", "0").out
+    refused = fraqat("compile", job, "-o", tmp_path / "c", "--weights", "4.5")
+    assert refused.status == 2
+    assert "4.5 bits cannot be exported" in refused.err and "`fraqat simulate`" in " ".join(refused.err.split())
 
 
 @pytest.mark.parametrize(
