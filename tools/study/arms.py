@@ -31,9 +31,25 @@ ARMS = {
         Arm("integer", "8-7-6-5-4", {"schedule": "integer"}),
         Arm("coarse", "16-8-4", {"schedule": "coarse"}),
         Arm("fraqat", "8-7-6-5.5-5-4.75-4.5-4.25-4 (the paper's Table 4)", {"schedule": "fraqat"}),
+        Arm(
+            "svdqat",
+            "low-rank branch of rank 16, then direct",
+            {"schedule": "direct", "recipe": "split-low-rank{rank=16}"},
+        ),
+        Arm("svdqat-32", "the same of rank 32", {"schedule": "direct", "recipe": "split-low-rank{rank=32}"}),
+        Arm("fraqat-mse", "fraqat on weight ranges of least squared error", {"weight_range": "mse"}),
+        Arm("fraqat-ema", "fraqat, weights averaged over the last stage", {"recipe": "ema"}),
+        Arm("fraqat-features", "fraqat, distilled on every block too", {"loss": "mse,features{at=blocks.*}"}),
+        Arm("lsq", "learned ranges of weights and activations, direct", {"schedule": "direct", "recipe": "lsq"}),
+        Arm("fraqat-lsq", "fraqat with learned ranges", {"recipe": "lsq"}),
+        Arm(
+            "blended", "FracBits' blend of two integer grids, linear", {"schedule": "linear", "recipe": "blended-grid"}
+        ),
+        Arm("cosine", "continuous bits", {"schedule": "cosine"}),
+        Arm("plateau", "a stage ends when its loss stops falling", {"schedule": "plateau"}),
         Arm("rtn", "round to nearest, no training", {"steps": 0, "weight_range": "minmax"}, trains=False),
         Arm("mse", "ranges of least squared error, no training", {"steps": 0, "weight_range": "mse"}, trains=False),
     )
 }
-HEADLINE = ("direct", "integer", "coarse", "fraqat")
+HEADLINE = ("direct", "integer", "coarse", "fraqat", "svdqat", "fraqat-mse")
 PRECISIONS = {"W4A8": ("4", "8"), "W4A16": ("4", "16"), "W3A8": ("3", "8")}
