@@ -220,9 +220,11 @@ def test_specs_are_what_the_library_takes() -> None:
     assert target.quant_spec(request("embedding")) == QuantSpec(bit_width=8, symmetric=False, signed=False)
     assert target.quant_spec(request("conv", 8, depthwise=True)) == QuantSpec(bit_width=4, axis=0)
     assert target.quant_spec(request("conv", 16, depthwise=True)) == QuantSpec(bit_width=8, axis=0)
-    for keys, bits in ((16, 8), (17, 16)):
+    for keys, bits in ((10, 8), (11, 16)):
         probabilities = target.quant_spec(TensorRequest("softmax", "activation", (1, 4, keys, keys), 8, 8))
         assert probabilities == QuantSpec(bit_width=bits, symmetric=False, signed=False)
+    sigmoid = TensorRequest("activation", "activation", (1, 4), 16, 16, function="aten.sigmoid")
+    assert target.quant_spec(sigmoid).range_max == 65535 / 65536
     gamma = target.quant_spec(TensorRequest("norm", "norm_weight", (16,), 16, 16))
     assert gamma == QuantSpec(bit_width=8, symmetric=False, signed=False)
 
