@@ -52,12 +52,13 @@ class SplitLowRank(FxPass):
         weight = node.args[1]
         if not isinstance(weight, Node) or weight.op != "get_attr" or len(weight.users) != 1:
             return False
-        path = str(weight.target)
-        if f".{BRANCH}." in path or any(matches(pattern, ops.module_path(node)) for pattern in self._skipped()):
+        if any(matches(pattern, ops.module_path(node)) for pattern in self._skipped()):
             return False
-        readers = [other for other in node.graph.nodes if other.op == "get_attr" and other.target == weight.target]
+        names = [str(other.target) for other in node.graph.nodes if other.op == "get_attr"]
+        is_split = f"{_branch_of(str(weight.target))}.down" in names or f"{BRANCH}." in str(weight.target)
         rows, columns = weight.meta["val"].shape
-        return len(readers) == 1 and self.rank * (rows + columns) < rows * columns
+        is_own = names.count(str(weight.target)) == 1
+        return is_own and not is_split and self.rank * (rows + columns) < rows * columns
 
     def _skipped(self) -> list[str]:
         return [pattern for pattern in self.skip.replace(" ", "").split(",") if pattern]
@@ -68,8 +69,7 @@ def _split(model: GraphModule, node: Node, rank: int) -> str:
     name = str(node.args[1].target)  # type: ignore[union-attr]
     weight = fx_graph.get_tensor(model, name).detach()
     down, up = _factors(weight, rank)
-    owner = name.rpartition(".")[0]
-    prefix = f"{owner}.{BRANCH}" if owner else BRANCH
+    prefix = _branch_of(name)
     fx_graph.set_tensor(model, name, nn.Parameter(weight - up @ down))
     after = node.next
     factors = [
@@ -85,6 +85,11 @@ def _split(model: GraphModule, node: Node, rank: int) -> str:
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
     energy = float(1 - (weight - up @ down).square().sum() / weight.square().sum().clamp_min(1e-30))
     return f"rank {rank} holds {energy:.0%} of its square"
+
+
+def _branch_of(weight: str) -> str:
+    """Name of the branch's module."""
+    return f"{weight.rpartition('.')[0]}.{BRANCH}".removeprefix(".")
 
 
 def _factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
