@@ -11,7 +11,7 @@ OPENVINO := examples/openvino_target
 EXAMPLES := $(sort $(dir $(wildcard examples/*/job.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit test-openvino format bench bench-compile build clean
+.PHONY: help install demo test lint types unit test-openvino format bench bench-compile bench-architectures build clean
 # Half a stamp file or half a download must not count as made.
 .DELETE_ON_ERROR:
 
@@ -68,6 +68,10 @@ $(PEERS): tools/peers.txt pyproject.toml
 
 bench-compile: $(INSTALLED) ## Time each phase of compiling JOB for TARGET, with its peak memory
 	$(BIN)/python tools/benchmark_compile.py $(JOB) --target '$(TARGET)'
+
+bench-architectures: $(INSTALLED) ## Compile the architectures of diffusers and transformers in every precision for HTP
+	$(BIN)/pip install --quiet diffusers==0.42.0 transformers h5py
+	$(BIN)/python tools/architectures.py
 
 build: $(INSTALLED) ## Build the wheel and the source archive into dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
