@@ -296,6 +296,29 @@ def _refuse_unknown(names: list[str]) -> None:
         find_pass(name)
 
 
+@app.command("check")
+@answering
+def check_job(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="As for compile.")],
+    weights: Weights = "4",
+    activations: Activations = "8",
+    target: Annotated[str, typer.Option(metavar="TEXT", help="Target, as in htp{soc=sm8750}.")] = "onnxruntime",
+    skip: Annotated[str, typer.Option(metavar="NAMES", help="Modules left in float, with commas; * matches.")] = "",
+    tracer: Annotated[Literal["export", "symbolic_trace"], typer.Option(help="How the model is captured.")] = "export",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Answer:
+    """Ask a target about a model before any calibration or training; status 1 when it refuses an op."""
+    from fraqat_compiler import terminal
+    from fraqat_compiler.precheck import check
+    from fraqat_compiler.progress import RichProgress
+
+    options = {"weights": weights, "activations": activations, "target": target, "skip": skip, "tracer": tracer}
+    ops = [op.to_json() for op in check(job, progress=RichProgress(), **options)]
+    holds = not any(op["verdict"] == "refused" for op in ops)
+    return Answer({"holds": holds, "ops": ops}, lambda console: terminal.show_checked(console, ops), holds)
+
+
 @app.command("passes")
 @answering
 def list_passes(

@@ -167,6 +167,29 @@ def show_checks(console: Console, checks: Rows) -> None:
     console.print(table("verify", ("", "check", "detail"), rows, texts=3))
 
 
+def show_checked(console: Console, ops: Rows) -> None:
+    """What a target says of each op: those that run in one line for each kind, the others one by one."""
+    kinds: dict[tuple[Any, ...], int] = {}
+    keys = ("op", "verdict", "weight_bits", "activation_bits", "rewritten_by")
+    for op in ops:
+        kind = tuple(", ".join(op[key]) if key == "rewritten_by" else op[key] for key in keys)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    rows = [(kind[0], _colored(kind[1]), kind[4], count, *kind[2:4]) for kind, count in sorted(kinds.items(), key=str)]
+    columns = ("op", "verdict", "after rewrites by", "how many", "weight bits", "activation bits")
+    console.print(table(f"{sum(kinds.values())} ops", columns, rows, texts=3))
+    for op in ops:
+        if op["verdict"] != "runs":
+            said = f"{op['node'] or '(unnamed)'} ({op['op']}): {op['reason']}. {op['remedy']}"
+            console.print(Text.assemble((f"{op['verdict']}: ", _VERDICT_COLORS[op["verdict"]]), said))
+
+
+_VERDICT_COLORS = {"runs": "green", "wrong": "yellow", "refused": "red"}
+
+
+def _colored(verdict: str) -> Text:
+    return Text(verdict, _VERDICT_COLORS[verdict])
+
+
 def show_layers(console: Console, layers: Sequence[Mapping[str, Any]], shown: int = SHOWN_LAYERS) -> None:
     """The ops of a target that are furthest from the file's on the same inputs, and the first that is wrong."""
     worst = sorted(layers, key=lambda layer: -layer["max_lsb"])[:shown]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch.fx import GraphModule, Node
 
 from fraqat_compiler import fx_graph
+from fraqat_compiler.layers import layer_name
 from fraqat_compiler.ops import op_name
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
 
@@ -30,7 +31,7 @@ class ClipMasks(FxPass):
         changes = []
         for node in list(model.graph.nodes):
             if self._clip_scalars(node) or self._clip_constant(model, node):
-                changes.append(f"clipped {node.name} at {self.value:g}")
+                changes.append(f"clipped {layer_name(node)} at {self.value:g}")
         fx_graph.finish(model)
         return PassResult(model, bool(changes), tuple(changes))
 

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fraqat_compiler import fx_graph
+from fraqat_compiler.layers import layer_name
 from fraqat_compiler.ops import argument, op_name
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
 
@@ -33,7 +34,7 @@ class DecomposeActivations(FxPass):
             if decompose is None:
                 continue
             fx_graph.replace(node, decompose(node))
-            changes.append(f"decomposed {node.name}")
+            changes.append(f"decomposed {layer_name(node)}")
         fx_graph.finish(model)
         return PassResult(model, bool(changes), tuple(changes))
 

@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fraqat_compiler import fx_graph
+from fraqat_compiler.layers import layer_name
 from fraqat_compiler.ops import op_name
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
 
@@ -34,7 +35,7 @@ class DecomposeAttention(FxPass):
             if op_name(node) != "aten.scaled_dot_product_attention":
                 continue
             fx_graph.replace(node, self._decompose(model, node))
-            changes.append(f"decomposed {node.name}")
+            changes.append(f"decomposed {layer_name(node)}")
         fx_graph.finish(model)
         return PassResult(model, bool(changes), tuple(changes))
 

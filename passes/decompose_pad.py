@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fraqat_compiler import fx_graph
+from fraqat_compiler.layers import layer_name
 from fraqat_compiler.ops import argument, is_float_tensor, module_path, op_name
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
 
@@ -31,7 +32,7 @@ class DecomposePad(FxPass):
         for node in list(model.graph.nodes):
             if op_name(node) in ("aten.pad", "aten.constant_pad_nd") and is_float_tensor(node) and _value(node):
                 fx_graph.replace(node, _concatenated(model, node))
-                changes.append(f"decomposed {node.name}")
+                changes.append(f"decomposed {layer_name(node)}")
         fx_graph.finish(model)
         return PassResult(model, bool(changes), tuple(changes))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fraqat_compiler import fx_graph
+from fraqat_compiler.layers import layer_name
 from fraqat_compiler.ops import argument, module_path, op_name
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
 
@@ -36,7 +37,7 @@ class FuseRmsNorm(FxPass):
                 changes += [f"fused {name}" for name in _fuse(model, node)]
         for node in model.graph.find_nodes(op="call_function", target=_aten.rms_norm.default):
             if _give_gamma(model, node) | _flatten(node):
-                changes.append(f"gave {node.name} rows and a gamma")
+                changes.append(f"gave {layer_name(node)} rows and a gamma")
         fx_graph.finish(model)
         return PassResult(model, bool(changes), tuple(changes))
 

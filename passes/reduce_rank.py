@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fraqat_compiler import fx_graph
+from fraqat_compiler.layers import layer_name
 from fraqat_compiler.ops import op_name, value_of
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
 from fraqat_compiler.passes.simplify_shapes import permutation
@@ -41,7 +42,7 @@ class ReduceRank(FxPass):
                 continue
             result = rewrite(node, self.rank)
             fx_graph.replace(node, fx_graph.call(node, _aten.reshape.default, (result, list(value_of(node).shape))))
-            changes.append(f"rewrote {node.name}")
+            changes.append(f"rewrote {layer_name(node)}")
         fx_graph.finish(model)
         return PassResult(model, bool(changes), tuple(changes))
 

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fraqat_compiler import fx_graph
+from fraqat_compiler.layers import layer_name
 from fraqat_compiler.ops import argument, op_name, value_of
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
 
@@ -32,7 +33,7 @@ class SimplifyShapes(FxPass):
         changes = []
         for node in list(model.graph.nodes):
             if _is_reshape(node) and _simplify(node):
-                changes.append(f"simplified {node.name}")
+                changes.append(f"simplified {layer_name(node)}")
         fx_graph.finish(model)
         return PassResult(model, bool(changes), tuple(changes))
 
