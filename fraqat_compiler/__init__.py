@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fraqat_compiler.quantizer import fake_quantize as fake_quantize
     from fraqat_compiler.registry import parse_target as parse_target
     from fraqat_compiler.schedule import BitWidthSchedule as BitWidthSchedule
+    from fraqat_compiler.simulation import SimulationResult as SimulationResult
+    from fraqat_compiler.simulation import simulate as simulate
     from fraqat_compiler.target import Artifact as Artifact
     from fraqat_compiler.target import Finding as Finding
     from fraqat_compiler.target import Profile as Profile
@@ -43,11 +45,13 @@ _HOME = {
     "PassResult": "pass_base",
     "Profile": "target",
     "QuantSpec": "quant_spec",
+    "SimulationResult": "simulation",
     "Target": "target",
     "Unquantized": "quant_spec",
     "compile": "compiler",
     "fake_quantize": "quantizer",
     "parse_target": "registry",
+    "simulate": "simulation",
 }
 __all__ = sorted(_HOME)
 

@@ -10,7 +10,7 @@ denoiser's own) and a metric come with it:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -159,6 +159,24 @@ def noised_batches(data: Iterable[Any], process: NoiseProcess) -> Iterator[tuple
             yield noisy, times, *conditions, target
 
 
+class _NoisedData:
+    """Noised batches of clean data, drawn anew in every pass."""
+
+    def __init__(self, data: Iterable[Any], process: NoiseProcess) -> None:
+        self.data, self.process = data, process
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return noised_batches(self.data, self.process)
+
+
+class _SizedNoisedData(_NoisedData):
+    """The same of data that tells its length, so that a budget can be given in epochs."""
+
+    def __len__(self) -> int:
+        assert isinstance(self.data, Sized)
+        return len(self.data)
+
+
 def denoising_loss(outputs: Any, batch: tuple[Tensor, ...]) -> Tensor:
     """Mean squared error of a denoiser's prediction (its first output) against the target, a batch's last entry."""
     return F.mse_loss(pytree.tree_leaves(outputs)[0], batch[-1])
@@ -200,6 +218,10 @@ def diffusion_job(
             raise DataError("the denoiser's data is empty.", "Let data() yield at least one batch.")
         return found
 
+    def train() -> _NoisedData:
+        clean = data()
+        return (_SizedNoisedData if isinstance(clean, Sized) else _NoisedData)(clean, process)
+
     def evaluate(run: Callable[..., Any]) -> dict[str, float]:
         batches = inputs(held_out or data, HELD_OUT_SEED)
         losses = [float(denoising_loss(run(*batch[:-1]), batch)) for batch in batches]
@@ -208,7 +230,7 @@ def diffusion_job(
     parts: dict[str, Any] = {
         "example_inputs": lambda: inputs(data, CALIBRATION_SEED)[0][:-1],
         "calibration_data": lambda: [batch[:-1] for batch in inputs(data, CALIBRATION_SEED)],
-        "train_data": lambda: noised_batches(data(), process),
+        "train_data": train,
         "loss": denoising_loss,
         "evaluate": evaluate,
     }

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,12 +116,14 @@ class Tuning:
             activations=self.options.activations,
             skip=self.options.skip,
             range_method=self.options.range_method,
-            weight_range=self.options.weight_range or ("minmax" if self._steps() else "mse"),
+            weight_range=self.options.weight_range or ("minmax" if self._steps else "mse"),
             strict=self.options.strict,
             dynamic=self.options.dynamic,
         )
 
+    @cached_property
     def _steps(self) -> int:
+        """Of the fine-tune; asked of the data once."""
         return budget(self.job, self.options.steps, self.options.epochs)
 
     def _calibration_batches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Batch]:
@@ -135,7 +138,7 @@ class Tuning:
         return batches
 
     def _fine_tune(self, teacher: GraphModule, student: GraphModule) -> FineTuneResult | None:
-        steps, data = self._steps(), self.job.train_data
+        steps, data = self._steps, self.job.train_data
         if not steps or data is None:
             return None
         ends = end_widths(student)
