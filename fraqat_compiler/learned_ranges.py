@@ -18,12 +18,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fraqat_compiler import quantizer
 from fraqat_compiler.errors import UsageError
 from fraqat_compiler.fake_quant import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
-from fraqat_compiler.ops import module_path
 from fraqat_compiler.quant_spec import QuantSpec
 from fraqat_compiler.target import Role
 
@@ -72,13 +71,13 @@ def learn_ranges(graph: GraphModule, options: Lsq, trained: Collection[str]) -> 
     Args:
         graph: changed in place.
         options: what is learned.
-        trained: names of the parameters that are trained: ranges of other weights stay, and those of activations that
-            modules without a trained parameter compute.
+        trained: names of the parameters that are trained. Ranges of other weights stay; and where not all are trained,
+            so do those of activations that no op with a trained parameter reads or computes.
 
     Returns:
         How many fake quants learn.
     """
-    modules = {name.rpartition(".")[0] for name in trained}
+    near = _near_trained(graph, trained)
     targets = {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}
     learning = 0
     for target, node in targets.items():
@@ -86,12 +85,23 @@ def learn_ranges(graph: GraphModule, options: Lsq, trained: Collection[str]) -> 
         learner: FakeQuantize | None = None
         if isinstance(module, WeightFakeQuantize) and options.weights and str(node.args[0].target) in trained:
             learner = LearnedWeightFakeQuantize.of(module)
-        if isinstance(module, ActivationFakeQuantize) and options.activations and module_path(node) in modules:
+        if isinstance(module, ActivationFakeQuantize) and options.activations and node in near:
             learner = LearnedActivationFakeQuantize.of(module, options.offset)
         if learner is not None:
             graph.set_submodule(target, learner)
             learning += 1
     return learning
+
+
+def _near_trained(graph: GraphModule, trained: Collection[str]) -> set[Node]:
+    """Fake quants that an op with a trained parameter reads or feeds; all of them where every parameter is trained."""
+    parameters = {name for name, _ in graph.named_parameters()}
+    if parameters <= set(trained):
+        return set(graph.graph.nodes)
+    owned = {node for node in graph.graph.nodes if node.op == "get_attr" and str(node.target) in trained}
+    readers = {user for node in owned for user in node.users}
+    ops = {user for node in readers if node.op == "call_module" for user in node.users} | readers
+    return {near for op in ops for near in (*op.all_input_nodes, *op.users)}
 
 
 def settle_ranges(graph: GraphModule) -> None:

@@ -11,7 +11,7 @@ from fine_tune_job import build, data
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fraqat_compiler import quantizer
+from fraqat_compiler import fx_io, quantizer
 from fraqat_compiler.errors import UsageError
 from fraqat_compiler.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
 from fraqat_compiler.fine_tune import FineTuneConfig, FineTuneResult, fine_tune
@@ -27,7 +27,9 @@ from fraqat_compiler.learned_ranges import (
 from fraqat_compiler.pass_base import PassContext
 from fraqat_compiler.passes.freeze_bit_width import FreezeBitWidth
 from fraqat_compiler.quant_spec import QuantSpec
+from fraqat_compiler.recipe import parse_recipe
 from fraqat_compiler.schedule import parse_schedule
+from fraqat_compiler.training_setup import apply_recipe, own_parameters
 
 A8 = QuantSpec(8, symmetric=False, signed=False)
 
@@ -180,6 +182,11 @@ def test_ranges_of_frozen_layers_and_given_grids_stay() -> None:
     learn_ranges(student, LsqPlus(), {"2.weight"})
     learning = {name for name, module in student.named_modules() if isinstance(module, LearnedWeightFakeQuantize)}
     assert learning == {"fake_quant.2_weight"}
+    activations = [m for m in student.modules() if isinstance(m, LearnedActivationFakeQuantize)]
+    assert len(activations) == 2, "what layer 2 reads, and what it computes"
+    _, student = build()
+    learn_ranges(student, LsqPlus(), trained_parameters(student))
+    assert not any(type(module) is ActivationFakeQuantize for module in student.modules())
     softmax = ActivationFakeQuantize(QuantSpec(8, symmetric=False, signed=False, range_max=1.0))
     assert LearnedActivationFakeQuantize.of(softmax, True) is None
     wide = WeightFakeQuantize(QuantSpec(4, symmetric=False, axis=0), "weight", (6,))
@@ -206,3 +213,13 @@ def test_modules_come_back_from_their_config() -> None:
 def test_options_that_learn_nothing_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="lsq"):
         Lsq(**option)
+
+
+@pytest.mark.parametrize("recipe", ["lsq-plus", "blended-grid"])
+def test_a_graph_that_learns_can_be_stored(tmp_path: Path, recipe: str) -> None:
+    _, student = build(weights="4.5")
+    apply_recipe(student, parse_recipe(recipe), own_parameters(student, "all"))
+    x = torch.randn(16, 8)
+    expected = student(x)
+    fx_io.save_graph(student, tmp_path)
+    assert torch.equal(fx_io.load_graph(tmp_path)(x), expected)
