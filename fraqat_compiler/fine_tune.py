@@ -219,14 +219,14 @@ class _Loop:
         self._finish_step(step, math.nan)
 
     def _exploded(self, loss: float) -> bool:
-        """Whether the mean over DIVERGENCE_WINDOW steps is above 1 and DIVERGENCE_FACTOR times the stage's first loss.
-
-        Adam's first steps at a wide grid may well multiply a tiny loss, so growth alone is no divergence.
-        """
-        losses = [*self.losses[self.scheduler.stretches[-1].first :], loss]
+        """Whether the mean over DIVERGENCE_WINDOW steps is suspicious."""
+        losses = [*self._stage_losses(), loss]
         if len(losses) < DIVERGENCE_WINDOW or loss < 1:
             return False
-        return bool(np.mean(losses[-DIVERGENCE_WINDOW:]) > max(1.0, DIVERGENCE_FACTOR * losses[0]))
+        return _is_suspicious(float(np.mean(losses[-DIVERGENCE_WINDOW:])), losses[0])
+
+    def _stage_losses(self) -> list[float]:
+        return self.losses[self.scheduler.stretches[-1].first :]
 
     def _target(self, step: int, batch: Batch) -> Any:
         try:
@@ -241,7 +241,10 @@ class _Loop:
             ) from error
 
     def _keep(self, done: int) -> None:
-        if done % self.config.checkpoint_every == 0 or self.scheduler.at_boundary:
+        """Write a checkpoint when it is time; none of a stage that seems to diverge, so that a good one stays."""
+        losses = self._stage_losses()
+        is_good = not losses or not _is_suspicious(losses[-1], losses[0])
+        if self.scheduler.at_boundary or (is_good and done % self.config.checkpoint_every == 0):
             self._save()
 
     # Words
@@ -319,6 +322,14 @@ class _Loop:
         self.progress.note(
             f"The stage that began after step {step} diverged; its weights are back, and the stage before it goes on."
         )
+
+
+def _is_suspicious(loss: float, first: float) -> bool:
+    """Whether a loss is above 1 and DIVERGENCE_FACTOR times the stage's first.
+
+    Adam's first steps at a wide grid may well multiply a tiny loss, so growth alone is no divergence.
+    """
+    return loss > max(1.0, DIVERGENCE_FACTOR * first)
 
 
 def _graph_of(teacher: Callable[..., Any]) -> GraphModule:
