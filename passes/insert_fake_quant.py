@@ -17,6 +17,7 @@ from fraqat_compiler.fake_quant import ActivationFakeQuantize, BiasFakeQuantize,
 from fraqat_compiler.layers import layer_name
 from fraqat_compiler.ops import NORM_OPS, WEIGHTED_OPS, WeightedOp, argument, is_float_tensor, module_path, op_name
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
+from fraqat_compiler.passes.split_low_rank import BRANCH
 from fraqat_compiler.quant_spec import QuantSpec, RangeMethod, Unquantized
 from fraqat_compiler.target import Role, TensorRequest, default_quant_spec
 from fraqat_compiler.widths import Widths, matches, require_match
@@ -115,7 +116,8 @@ class _Insertion:
         for group in nx.connected_components(self._sharing(nodes)):
             wishes = [self.activations.of(module_path(node)) for node in group]
             readers = {user for node in group for user in node.users if op_name(user) in WEIGHTED_OPS}
-            wishes += [self.activations.of(path) for path in map(module_path, readers) if self._names(path)]
+            named = [path for path in map(module_path, readers) if self._names(path) and not _is_branch(path)]
+            wishes += [self.activations.of(path) for path in named]
             width = None if None in wishes else max(wish for wish in wishes if wish is not None)
             widths.update(dict.fromkeys(group, width))
         return widths
@@ -368,6 +370,11 @@ class _Insertion:
         names = {self.quantizer_of[source] for source in node.all_input_nodes if source in self.quantizer_of}
         modules = [self.model.get_submodule(name) for name in names]
         return max((module.spec.bit_width for module in modules if isinstance(module, FakeQuantize)), default=None)
+
+
+def _is_branch(path: str) -> bool:
+    """A low-rank branch takes its layer's input as it is."""
+    return path.rpartition(".")[2] == BRANCH
 
 
 def _is_float_constant(node: Node) -> bool:

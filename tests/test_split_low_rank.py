@@ -14,8 +14,10 @@ import fraqat_compiler
 from fraqat_compiler import Job
 from fraqat_compiler.capture import capture
 from fraqat_compiler.errors import UsageError
+from fraqat_compiler.fake_quant import ActivationFakeQuantize
 from fraqat_compiler.ops import module_path
 from fraqat_compiler.pass_base import PassContext
+from fraqat_compiler.passes.insert_fake_quant import InsertFakeQuant
 from fraqat_compiler.passes.split_low_rank import SplitLowRank
 from fraqat_compiler.pipeline_text import to_text
 
@@ -109,3 +111,18 @@ def test_compiled_the_branch_has_8_bits_and_the_error_of_4_is_smaller(tmp_path: 
     assert (bits["block.0"], bits["block.0.low_rank"]) == (4, 8)
     assert reports[1]["parity"]["onnx_unoptimized"]["max_lsb"] <= 1
     assert reports[1]["pipeline"].count("split-low-rank{rank=4}") == 1
+
+
+def test_a_branch_of_wider_activations_leaves_its_layers_input_alone() -> None:
+    """As SVDQuant has it: 16 bits within the branch, 8 into it and around it."""
+    graph, _ = _graph()
+    SplitLowRank(rank=2).run(graph, PassContext())
+    student = InsertFakeQuant(activations="8,*low_rank=16").run(graph, PassContext()).model
+    widths = {
+        (module_path(node), node.args[0].name): student.get_submodule(str(node.target)).spec.bit_width
+        for node in student.graph.nodes
+        if node.op == "call_module" and isinstance(student.get_submodule(str(node.target)), ActivationFakeQuantize)
+    }
+    inside = [width for (path, _), width in widths.items() if path.endswith("low_rank")]
+    around = [width for (path, _), width in widths.items() if not path.endswith("low_rank")]
+    assert inside == [16] * 4 and around and set(around) == {8}
