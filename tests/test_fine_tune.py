@@ -222,9 +222,7 @@ def test_a_loss_that_explodes_stops_the_stage_and_keeps_a_checkpoint_from_before
         return teacher(x) if calls <= 20 else -0.1 * teacher(x)
 
     config = FineTuneConfig(parse_schedule("8x1,4x1"), steps=200, checkpoint_every=5)
-    with pytest.raises(
-        TrainingError, match=r"in stage 1/2, 8 bits: the loss is [\d.e+]+, .* step 20 is kept"
-    ):
+    with pytest.raises(TrainingError, match=r"in stage 1/2, 8 bits: the loss is [\d.e+]+, .* step 20 is kept"):
         fine_tune(student, fickle, data, config, folder=tmp_path)
     assert steps_kept(tmp_path) == [15, 20]
 
