@@ -132,9 +132,9 @@ class HtpTarget(Target):
 
     def _refused(self, model: Path) -> dict[int, Refusal]:
         try:
-            QnnProcess().load(model, self._provider_options(), NO_FALLBACK)
+            QnnProcess().load(model, self.provider_options(), NO_FALLBACK)
         except QnnError as error:
-            return refusals(model, self._provider_options(), error)
+            return refusals(model, self.provider_options(), error)
         return {}
 
     def compile(self, model: Path, output: Path) -> Artifact:
@@ -157,12 +157,12 @@ class HtpTarget(Target):
             "ep.context_embed_mode": "0",
         }
         try:
-            QnnProcess().load(model, self._provider_options(), config)
+            QnnProcess().load(model, self.provider_options(), config)
         except QnnError as error:
             if "context cache file" in str(error):  # the library's name for the binary
                 raise OutputError(f"{BINARY_FILE} cannot be written.", "Free disk space.") from error
             log.write_text(f"{error}\n{error.log}", encoding="utf-8")
-            refused = refusals(model, self._provider_options(), error)
+            refused = refusals(model, self.provider_options(), error)
             raise _refusal(model, refused, self.chip) from error
 
     def run(self, artifact: Artifact, inputs: Arrays) -> Arrays:
@@ -192,7 +192,7 @@ class HtpTarget(Target):
         self.run(artifact, inputs)  # what is wrong with the artifact or the inputs is said here
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "profile.csv"
-            options = self._provider_options() | {"profiling_level": "detailed", "profiling_file_path": str(path)}
+            options = self.provider_options() | {"profiling_level": "detailed", "profiling_file_path": str(path)}
             process = QnnProcess()
             process.load(artifact.path, options, NO_FALLBACK)
             process.run(inputs)
@@ -221,7 +221,7 @@ class HtpTarget(Target):
         if missing:
             raise TargetError(f"the htp target cannot run here: {missing}")
 
-    def _provider_options(self) -> dict[str, str]:
+    def provider_options(self) -> dict[str, str]:
         """The SoC's model and architecture always go together: without the second an unknown SoC silently means v68."""
         options = {
             "soc_model": str(self.chip.soc_model),
@@ -258,7 +258,7 @@ def _kept(path: Path, changed: tuple[int, ...], target: HtpTarget) -> QnnProcess
     """One process is kept, since a sampler runs one artifact many times; `changed` is part of the key only."""
     target._proven(path.with_name(BINARY_FILE))
     process = QnnProcess()
-    process.load(path, target._provider_options(), NO_FALLBACK)
+    process.load(path, target.provider_options(), NO_FALLBACK)
     return process
 
 
