@@ -8,10 +8,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
-from click import Command
 
 from fraqat_compiler.cli import app
 from fraqat_compiler.losses import LOSSES, parse_losses
@@ -60,7 +60,7 @@ def test_every_group_is_named() -> None:
     assert all(f"--train {group}" in _section("What is trained") for group in GROUPS)
 
 
-def _options_of(command: Command) -> set[str]:
+def _options_of(command: Any) -> set[str]:
     return {name for parameter in command.params for name in parameter.opts}
 
 
