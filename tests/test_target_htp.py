@@ -161,6 +161,41 @@ def test_an_unknown_soc_is_told_its_neighbours(name: str, hint: str) -> None:
         HtpTarget(soc=name)
 
 
+@pytest.fixture
+def own_socs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "socs.csv"
+    monkeypatch.setenv("FRAQAT_SOCS", str(path))
+    return path
+
+
+def test_a_file_of_the_user_adds_socs_and_phones(own_socs: Path) -> None:
+    header = "part,marketing_name,soc_model,htp_arch,vtcm_mb,devices\n"
+    own_socs.write_text(f"{header}sm9999,Snapdragon 9,120,85,16,Pocket One\nsm8750,,,,4,Pocket Two | Pocket 2\n")
+    new, changed = find_soc("pocket one"), find_soc("Pocket Two")
+    assert (new.part, new.soc_model, new.htp_arch, new.vtcm_mb) == ("SM9999", 120, 85, 16)
+    assert (changed.part, changed.soc_model, changed.htp_arch, changed.vtcm_mb) == ("SM8750", 69, 79, 4)
+    assert find_soc("Galaxy S25 Ultra") == changed
+    with pytest.raises(UsageError, match="4 MiB"):
+        HtpTarget(soc="pocket 2", vtcm_mb=8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("part,arch\nsm9999,85\n", "wrong columns: arch"),
+        ("", "no part"),
+        ("part,htp_arch\nsm9999,85\n", "SM9999 .* lacks numbers"),
+        ("part,htp_arch\nsm8750,v79\n", "SM8750 .* lacks numbers"),
+    ],
+)
+def test_a_wrong_file_of_the_user_is_told(own_socs: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        own_socs.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        HtpTarget()
+
+
 @pytest.mark.parametrize("megabytes", [-1, 9])
 def test_vtcm_must_be_there(megabytes: int) -> None:
     with pytest.raises(UsageError, match="8 MiB"):
