@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fraqat_compiler.errors import UsageError
 from fraqat_compiler.fake_quant import ActivationFakeQuantize
 from fraqat_compiler.ops import is_float_tensor, module_path
 from fraqat_compiler.widths import require_match
@@ -24,6 +26,36 @@ class Tap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.value = x
         return x
+
+
+Pairs = dict[str, list[tuple[Tensor, Tensor]]]
+
+
+@contextmanager
+def watched(student: GraphModule, teacher: Callable[..., Any], places: Sequence[str]) -> Iterator[Callable[[], Pairs]]:
+    """See the tensors of both models at the same modules while the block runs.
+
+    Args:
+        student, teacher: two captured graphs of one model.
+        places: patterns over module names, joined by commas, as in the loss `features`.
+
+    Yields:
+        What gives, by place, the (student's, teacher's) tensor of each module after both have run.
+
+    Raises:
+        UsageError: a pattern that matches nothing, or a teacher that was not captured.
+    """
+    if not places:
+        yield dict
+        return
+    if not isinstance(teacher, GraphModule):
+        raise UsageError("features can only be compared with a captured teacher.", "Pass what capture() returned.")
+    modules = {place: modules_at(teacher, place) for place in places}
+    every = list(dict.fromkeys(module for found in modules.values() for module in found))
+    with tapped(teacher, every) as theirs, tapped(student, every) as mine:
+        yield lambda: {
+            place: [(mine[module].value, theirs[module].value) for module in found] for place, found in modules.items()
+        }
 
 
 @contextmanager

@@ -13,13 +13,11 @@ constants, frozen parameters) it may share with the teacher.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -27,11 +25,11 @@ from torch.utils import _pytree as pytree
 
 from fraqat_compiler import checkpoint as checkpoints
 from fraqat_compiler import fine_tune_state
-from fraqat_compiler.bit_width_scheduler import Stretch, scheduler_for
+from fraqat_compiler.bit_width_scheduler import scheduler_for
 from fraqat_compiler.calibration import Batch, run_batch
 from fraqat_compiler.checkpoint import Checkpoint
 from fraqat_compiler.errors import DataError, TrainingError, UsageError, cause_of
-from fraqat_compiler.features import Tap, modules_at, tapped
+from fraqat_compiler.features import watched
 from fraqat_compiler.fine_tune_config import FineTuneConfig
 from fraqat_compiler.interrupt import uninterrupted
 from fraqat_compiler.layers import end_widths
@@ -41,10 +39,9 @@ from fraqat_compiler.progress import Progress
 from fraqat_compiler.stabilizing import Stabilizing
 from fraqat_compiler.task import TaskObjective
 from fraqat_compiler.training_data import Data, endless
+from fraqat_compiler.training_log import TrainingLog
 
 __all__ = ["FineTuneConfig", "FineTuneResult", "fine_tune"]
-
-DIVERGENCE_WINDOW, DIVERGENCE_FACTOR = 10, 10.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class _Loop:
     folder: Path
     progress: Progress
     task: TaskObjective | None
-    losses: list[float] = field(default_factory=list)
+    log: TrainingLog = field(default_factory=TrainingLog)
     resumed_from: int = 0
 
     def __post_init__(self) -> None:
@@ -130,19 +127,19 @@ class _Loop:
         self.optimizer = make_optimizer(self.parameters, self.config)
         self.scheduler = scheduler_for(self.student, self.config.schedule, self.config.steps, end_widths(self.student))
         self.stabilizing = Stabilizing(self.config, self.scheduler, self.student, self.parameters)
-        self.student_taps: Mapping[str, Tap] = {}
-        self.teacher_taps: Mapping[str, Tap] = {}
         self.saved = 0  # step of the newest checkpoint; before the first step there is nothing to save
 
     def run(self) -> FineTuneResult:
         try:
-            with self._tapped():
+            places = [loss.at for loss in self.config.losses if isinstance(loss, Features)]
+            with watched(self.student, self.teacher, places) as self.features:
                 self._train()
         except KeyboardInterrupt:  # only ever between two steps
             self._save()
             raise KeyboardInterrupt(self._where_it_stopped()) from None
         self.stabilizing.finish()
-        return FineTuneResult(self._history(), self.losses, self.resumed_from)
+        history = self.log.history(self.scheduler.stretches)
+        return FineTuneResult(history, self.log.losses, self.resumed_from)
 
     def _train(self) -> None:
         start = self.scheduler.last_step
@@ -155,18 +152,6 @@ class _Loop:
                 self._step(step, batch)
                 self._keep(step + 1)
 
-    @contextmanager
-    def _tapped(self) -> Iterator[None]:
-        """The modules whose features are compared can be seen in student and teacher."""
-        places = [at for loss in self.config.losses if isinstance(loss, Features) for at in [loss.at]]
-        with ExitStack() as stack:
-            if places:
-                teacher = _graph_of(self.teacher)
-                modules = modules_at(teacher, ",".join(places))
-                self.teacher_taps = stack.enter_context(tapped(teacher, modules))
-                self.student_taps = stack.enter_context(tapped(self.student, modules))
-            yield
-
     def _step(self, step: int, batch: Batch) -> None:
         batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), batch)
         loss = self._loss(step, batch)
@@ -175,7 +160,7 @@ class _Loop:
         self.stabilizing.add_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip or math.inf)
         value = float(loss.detach())
-        if not (math.isfinite(value) and math.isfinite(norm)) or self._exploded(value):
+        if not (math.isfinite(value) and math.isfinite(norm)) or self.log.exploded(self._stage_start, value):
             self._diverge(step, value)
             return
         set_rate(self.optimizer, self.config.rate(step))
@@ -187,18 +172,11 @@ class _Loop:
         inputs = self.task.inputs_of(batch) if self.task else batch
         target = self._target(step, inputs) if self.config.wants_teacher else None
         outputs = run_batch(self.student, inputs)
-        seen = Seen(
-            batch,
-            outputs,
-            target,
-            {name: tap.value for name, tap in self.student_taps.items()},
-            {name: tap.value for name, tap in self.teacher_taps.items()},
-            self.task.loss if self.task else None,
-        )
+        seen = Seen(batch, outputs, target, self.features(), self.task.loss if self.task else None)
         return weighted_sum(self.config.losses, seen)
 
     def _finish_step(self, step: int, loss: float) -> None:
-        self.losses.append(loss)
+        self.log.losses.append(loss)
         self.progress.update(step + 1, f"{self._stage()}, loss {loss:.4g}")
         stretches = len(self.scheduler.stretches)
         back_to = self.scheduler.step(loss)
@@ -218,16 +196,6 @@ class _Loop:
             raise self._diverged(step, loss)
         self._finish_step(step, math.nan)
 
-    def _exploded(self, loss: float) -> bool:
-        """Whether the mean over DIVERGENCE_WINDOW steps is suspicious."""
-        losses = [*self._stage_losses(), loss]
-        if len(losses) < DIVERGENCE_WINDOW or loss < 1:
-            return False
-        return _is_suspicious(float(np.mean(losses[-DIVERGENCE_WINDOW:])), losses[0])
-
-    def _stage_losses(self) -> list[float]:
-        return self.losses[self.scheduler.stretches[-1].first :]
-
     def _target(self, step: int, batch: Batch) -> Any:
         try:
             with torch.no_grad():
@@ -242,10 +210,13 @@ class _Loop:
 
     def _keep(self, done: int) -> None:
         """Write a checkpoint when it is time; none of a stage that seems to diverge, so that a good one stays."""
-        losses = self._stage_losses()
-        is_good = not losses or not _is_suspicious(losses[-1], losses[0])
+        is_good = not self.log.is_suspicious(self._stage_start)
         if self.scheduler.at_boundary or (is_good and done % self.config.checkpoint_every == 0):
             self._save()
+
+    @property
+    def _stage_start(self) -> int:
+        return self.scheduler.stretches[-1].first
 
     # Words
 
@@ -274,19 +245,6 @@ class _Loop:
             f"its checkpoint is kept, and --resume goes on from there."
         )
 
-    def _history(self) -> list[dict[str, Any]]:
-        stretches = [stretch for stretch in self.scheduler.stretches if stretch.last > stretch.first]
-        return [
-            {"bits": stretch.bit_width, "steps": stretch.last - stretch.first, "loss": self._last_loss(stretch)}
-            for stretch in stretches
-        ]
-
-    def _last_loss(self, stretch: Stretch) -> float:
-        """Mean of the last tenth; of a stretch that began with NaN, the loss before it."""
-        losses = self.losses[stretch.first : stretch.last]
-        finite = [loss for loss in losses[-max(len(losses) // 10, 1) :] if math.isfinite(loss)]
-        return float(np.mean(finite or [loss for loss in self.losses[: stretch.last] if math.isfinite(loss)][-1:]))
-
     # State
 
     def _save(self) -> None:
@@ -295,7 +253,7 @@ class _Loop:
             return
         tensors = fine_tune_state.tensors_of(self.student, self.parameters, self.optimizer)
         tensors |= self.stabilizing.tensors()
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors["losses"] = torch.tensor(self.log.losses, dtype=torch.float64)
         state = {
             "scheduler": self.scheduler.state_dict(),
             "fitted": fine_tune_state.fitted_widths(self.student),
@@ -310,7 +268,7 @@ class _Loop:
         if found is None:
             return
         fine_tune_state.load(found, self.student, self.parameters, self.optimizer)
-        self.losses = found.tensors["losses"].tolist()
+        self.log = TrainingLog(found.tensors["losses"].tolist())
         self.scheduler.load_state_dict(found.state["scheduler"])
         self.stabilizing.load(found.tensors)
         self.resumed_from = self.saved = found.step
@@ -322,17 +280,3 @@ class _Loop:
         self.progress.note(
             f"The stage that began after step {step} diverged; its weights are back, and the stage before it goes on."
         )
-
-
-def _is_suspicious(loss: float, first: float) -> bool:
-    """Whether a loss is above 1 and DIVERGENCE_FACTOR times the stage's first.
-
-    Adam's first steps at a wide grid may well multiply a tiny loss, so growth alone is no divergence.
-    """
-    return loss > max(1.0, DIVERGENCE_FACTOR * first)
-
-
-def _graph_of(teacher: Callable[..., Any]) -> GraphModule:
-    if not isinstance(teacher, GraphModule):
-        raise UsageError("features can only be compared with a captured teacher.", "Pass what capture() returned.")
-    return teacher

@@ -6,7 +6,7 @@ In text they are a list with commas, in the grammar of pipelines: `mse`, `kl{tem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,15 +28,14 @@ class Seen:
     Attributes:
         batch: as the training data yielded it.
         student, teacher: their outputs, any structure of tensors; the teacher's is None where no loss wants it.
-        student_features, teacher_features: their tensors at the modules that `features` names.
+        features: by the `at` of a loss `features`, (student's, teacher's) tensor at each module that it names.
         task: the job's own loss.
     """
 
     batch: Any
     student: Any
     teacher: Any
-    student_features: Mapping[str, Tensor]
-    teacher_features: Mapping[str, Tensor]
+    features: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
     task: TaskFunction | None = None
 
 
@@ -115,8 +114,7 @@ class Features(Loss):
     at: str = "*"
 
     def __call__(self, seen: Seen) -> Tensor:
-        errors = [relative_error(mine, seen.teacher_features[at]) for at, mine in seen.student_features.items()]
-        return torch.stack(errors).mean()
+        return torch.stack([relative_error(mine, theirs) for mine, theirs in seen.features[self.at]]).mean()
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from torch.nn import functional as F
 from fraqat_compiler import pipeline_text
 from fraqat_compiler.capture import capture
 from fraqat_compiler.errors import PipelineSyntaxError, TrainingError, UsageError
-from fraqat_compiler.features import modules_at, tapped
+from fraqat_compiler.features import modules_at, tapped, watched
 from fraqat_compiler.fine_tune import FineTuneConfig, fine_tune
 from fraqat_compiler.losses import Features, Kl, Mse, Seen, Task, parse_losses, weighted_sum
 from fraqat_compiler.schedule import parse_schedule
 from fraqat_compiler.task import TaskObjective
 
 
-def _seen(student: Any, teacher: Any, **features: Any) -> Seen:
-    return Seen((), student, teacher, features.get("mine", {}), features.get("theirs", {}))
+def _seen(student: Any, teacher: Any, **features: list[tuple[Tensor, Tensor]]) -> Seen:
+    return Seen((), student, teacher, features)
 
 
 def test_mse_is_relative_and_the_mean_over_float_outputs() -> None:
@@ -48,9 +48,12 @@ def test_kl_is_the_divergence_of_the_softmaxes_at_a_temperature() -> None:
 
 
 def test_features_are_the_mean_relative_error_over_modules() -> None:
-    theirs = {"a": torch.full((2,), 2.0), "b": torch.full((3, 3), 5.0)}
-    mine = {"a": torch.full((2,), 3.0), "b": torch.full((3, 3), 5.0)}
-    assert float(Features()(_seen(None, None, mine=mine, theirs=theirs))) == pytest.approx(1 / 8)
+    pairs = [
+        (torch.full((2,), 3.0), torch.full((2,), 2.0)),
+        (torch.full((3, 3), 5.0), torch.full((3, 3), 5.0)),
+    ]
+    assert float(Features(at="a")(_seen(None, None, a=pairs, b=pairs[:1]))) == pytest.approx(1 / 8)
+    assert float(Features(at="b")(_seen(None, None, a=pairs, b=pairs[:1]))) == pytest.approx(1 / 4)
 
 
 def test_terms_are_summed_by_weight() -> None:
@@ -115,6 +118,16 @@ def test_patterns_find_the_outermost_modules() -> None:
     assert modules_at(graph, "blocks.1.0, head") == ["blocks.1.0", "head"]
     with pytest.raises(UsageError, match=r"no module of the model matches 'block\.9'"):
         modules_at(graph, "block.9")
+
+
+def test_two_terms_watch_their_own_modules() -> None:
+    teacher, student = build()
+    x = torch.randn(16, 8)
+    with watched(student, teacher, ["1,3", "3"]) as features:
+        student(x), teacher(x)
+        found = features()
+    assert [len(found[place]) for place in ("1,3", "3")] == [2, 1]
+    assert found["1,3"][1][0] is found["3"][0][0]
 
 
 @pytest.mark.parametrize("text", ["kl", "features{at=1,3}", "mse{weight=0.5},features{at=1}"])
