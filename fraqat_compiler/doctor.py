@@ -144,9 +144,12 @@ def _target(name: str) -> Diagnosis:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small.onnx"
             onnx.save(parser.parse_model(SMALL_MODEL), path)
-            refused = [finding for finding in target.check(path) if finding.verdict != "runs"]
+            findings = target.check(path)
     except Exception as error:  # a third party's target may fail in any way
         return Diagnosis("target", name, "broken", f"{type(error).__name__}: {error}")
-    if refused:
-        return Diagnosis("target", name, "broken", f"refuses a Relu: {refused[0].reason}", refused[0].remedy)
-    return Diagnosis("target", name, "ok", "takes a small graph")
+    refused = next((finding for finding in findings if finding.verdict != "runs"), None)
+    if refused is not None:
+        return Diagnosis("target", name, "broken", f"refuses a Relu: {refused.reason}", refused.remedy)
+    notes = [finding for finding in findings if finding.reason]
+    said = "; ".join(["takes a small graph", *(note.reason for note in notes)])
+    return Diagnosis("target", name, "ok", said, " ".join(note.remedy for note in notes))

@@ -38,13 +38,13 @@ def wrong_nodes(model: Path) -> Iterator[Finding]:
     Raises:
         FraqatError: the file is damaged.
     """
-    for node in _with_shapes(model).nodes:
+    for node in with_shapes(model).nodes:
         for rule in _RULES:
             if rule.holds(node):
                 yield Finding(node.name, node.op, "wrong", rule.reason, rule.remedy)
 
 
-def _with_shapes(model: Path) -> gs.Graph:
+def with_shapes(model: Path) -> gs.Graph:
     """The graph; the file need not hold the shapes of what lies between its inputs and outputs."""
     graph = onnx_io.load(model)
     tensors = graph.tensors()

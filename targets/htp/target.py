@@ -20,14 +20,16 @@ from fraqat_compiler.errors import OutputError, TargetError, UsageError
 from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
 from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target, TensorRequest
+from fraqat_compiler.targets.htp.advice import advise
 from fraqat_compiler.targets.htp.client import NO_FALLBACK, QnnError, QnnProcess
 from fraqat_compiler.targets.htp.context_binary import BinaryFacts, read_binary
 from fraqat_compiler.targets.htp.cost_model import estimate, known_models, to_profile
 from fraqat_compiler.targets.htp.log_messages import explain
 from fraqat_compiler.targets.htp.node_support import Refusal, refusals
 from fraqat_compiler.targets.htp.op_counts import count_ops
+from fraqat_compiler.targets.htp.op_table import load_table
 from fraqat_compiler.targets.htp.profile_csv import NOTES, read_profile
-from fraqat_compiler.targets.htp.rules import wrong_nodes
+from fraqat_compiler.targets.htp.rules import with_shapes, wrong_nodes
 from fraqat_compiler.targets.htp.socs import Soc, find_soc
 from fraqat_compiler.targets.htp.unit_probe import QDQ
 from fraqat_compiler.targets.model_file import read_model
@@ -122,13 +124,14 @@ class HtpTarget(Target):
         """Ask the library itself: it prepares the whole graph, and names what it refuses."""
         self._require()
         _refuse_dynamic_shapes(model)
-        refused = self._refused(model)
-        wrong = {(finding.node, finding.op): finding for finding in wrong_nodes(model)}
-        return [
-            _finding(node, refused.get(index), wrong)
+        refused, advice = self._refused(model), advise(with_shapes(model), load_table(self.chip.htp_arch))
+        wrong = {(finding.node, finding.op): finding for finding in (*advice.wrong, *wrong_nodes(model))}
+        nodes = [
+            _finding(node, refused.get(index), wrong, advice.ways)
             for index, node in enumerate(read_model(model).graph.node)
             if node.op_type not in QDQ
         ]
+        return [*nodes, *advice.notes]
 
     def _refused(self, model: Path) -> dict[int, Refusal]:
         try:
@@ -272,9 +275,16 @@ def _refuse_dynamic_shapes(model: Path) -> None:
             )
 
 
-def _finding(node: NodeProto, refusal: Refusal | None, wrong: Mapping[tuple[str, str], Finding]) -> Finding:
+def _finding(
+    node: NodeProto,
+    refusal: Refusal | None,
+    wrong: Mapping[tuple[str, str], Finding],
+    ways: Mapping[tuple[str, str], str],
+) -> Finding:
     if refusal is not None:
-        return Finding(node.name, node.op_type, "refused", refusal.reason, refusal.remedy, refusal.log)
+        way = ways.get((node.name, node.op_type))
+        remedy = f"{refusal.remedy} It runs {way}." if way else refusal.remedy
+        return Finding(node.name, node.op_type, "refused", refusal.reason, remedy, refusal.log)
     return wrong.get((node.name, node.op_type)) or Finding(node.name, node.op_type, "runs")
 
 
