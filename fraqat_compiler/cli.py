@@ -520,6 +520,23 @@ def profile_output(
     return Answer(profile, lambda console: terminal.show_profile(console, profile, ops))
 
 
+@app.command("bundle")
+@answering
+def bundle_output(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to make.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Answer:
+    """Make a folder that runs on the hardware: artifact, one sample with its outputs, manifest, commands."""
+    from fraqat_compiler import terminal
+    from fraqat_compiler.bundling import bundle
+    from fraqat_compiler.progress import RichProgress
+
+    files = bundle(folder, output, RichProgress())
+    return Answer({"files": files}, lambda console: console.print(terminal.lines(files), soft_wrap=True))
+
+
 @app.command("diff")
 @answering
 def diff_outputs(

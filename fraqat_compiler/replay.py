@@ -82,7 +82,7 @@ def layers_of_target(folder: Path, progress: Progress | None = None) -> list[Lay
     report, progress = read_report(folder), progress or Progress()
     target = _opened(folder, report, progress)
     with progress.phase("compare layers"):
-        return layerwise.compare_target(folder / report["onnx"]["path"], target, _reference(folder)[0])
+        return layerwise.compare_target(folder / report["onnx"]["path"], target, reference(folder)[0])
 
 
 def profile_folder(folder: Path, progress: Progress | None = None) -> Profile:
@@ -97,9 +97,9 @@ def profile_folder(folder: Path, progress: Progress | None = None) -> Profile:
         TargetError: the target cannot load or run it here.
     """
     progress = progress or Progress()
-    target, artifact = _loaded(folder, read_report(folder), progress)
+    target, artifact = loaded(folder, read_report(folder), progress)
     with progress.phase("profile"):
-        return target.profile(artifact, _reference(folder)[0])
+        return target.profile(artifact, reference(folder)[0])
 
 
 def estimate_folder(folder: Path) -> Profile | None:
@@ -127,7 +127,7 @@ def _verified_file(path: Path) -> tuple[bool, str]:
 
 def _runner(folder: Path, report: dict[str, Any], stage: str, progress: Progress) -> Runner:
     if stage == "target":
-        target, artifact = _loaded(folder, report, progress)
+        target, artifact = loaded(folder, report, progress)
         return lambda inputs: target.run(artifact, inputs)
     return parity.onnx_runner(folder / report["onnx"]["path"], optimized=stage == "onnx_optimized")
 
@@ -140,7 +140,7 @@ def _opened(folder: Path, report: dict[str, Any], progress: Progress) -> Target:
     return target.opened(folder / REMOTE_JOBS, progress, resume=False)
 
 
-def _loaded(folder: Path, report: dict[str, Any], progress: Progress) -> tuple[Target, Artifact]:
+def loaded(folder: Path, report: dict[str, Any], progress: Progress) -> tuple[Target, Artifact]:
     """The target, and the artifact that it left in the folder."""
     target = _opened(folder, report, progress)
     try:
@@ -150,7 +150,7 @@ def _loaded(folder: Path, report: dict[str, Any], progress: Progress) -> tuple[T
 
 
 def _replayed(folder: Path, report: dict[str, Any], stage: str, progress: Progress) -> tuple[bool, str]:
-    inputs, expected = _reference(folder)
+    inputs, expected = reference(folder)
     with progress.phase(f"verify {stage.replace('_', ' ')}"):
         actual = _runner(folder, report, stage, progress)(inputs)
     now = parity.compare([expected], [actual], report.get("output_scales", {}))
@@ -169,7 +169,7 @@ def _distance(figures: dict[str, Any]) -> str:
     return f"at most {unit}, cosine {figures['cosine']:.6f}"
 
 
-def _reference(folder: Path) -> tuple[Arrays, Arrays]:
+def reference(folder: Path) -> tuple[Arrays, Arrays]:
     """Stored inputs and fake-quant outputs."""
     try:
         stored = load_file(folder / REFERENCE_FILE)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from numpy.typing import NDArray
 
+from fraqat_compiler.errors import TargetError
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
 
 if TYPE_CHECKING:
@@ -88,6 +89,21 @@ class Artifact:
     @property
     def bytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample that shows whether an artifact computes what it should.
+
+    Attributes:
+        inputs: by name.
+        expected: the trained graph's outputs, by name.
+        steps: size of one step of the quantizer of an output; none for an output in float.
+    """
+
+    inputs: Arrays
+    expected: Arrays
+    steps: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -220,3 +236,12 @@ class Target(ABC):
         Raises:
             TargetError: the folder does not hold it.
         """
+
+    def bundle(self, artifact: Artifact, sample: Sample, folder: Path) -> None:
+        """Fill the empty `folder` with all that one needs to run the artifact on the hardware, commands included.
+
+        Raises:
+            TargetError: the target makes no such folder, as by default, or the artifact does not run.
+        """
+        files = ", ".join(file.name for file in artifact.files)
+        raise TargetError(f'target "{self.name}" makes no bundle.', f"Its artifact is {files}.")

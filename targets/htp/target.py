@@ -19,8 +19,9 @@ from onnx import NodeProto
 from fraqat_compiler.errors import OutputError, TargetError, UsageError
 from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
-from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target, TensorRequest
+from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Sample, Target, TensorRequest
 from fraqat_compiler.targets.htp.advice import advise
+from fraqat_compiler.targets.htp.bundle import write_bundle
 from fraqat_compiler.targets.htp.client import NO_FALLBACK, QnnError, QnnProcess
 from fraqat_compiler.targets.htp.context_binary import BinaryFacts, read_binary
 from fraqat_compiler.targets.htp.cost_model import estimate, known_models, to_profile
@@ -218,6 +219,9 @@ class HtpTarget(Target):
         if not (folder / CONTEXT_FILE).is_file():
             raise TargetError(f"{folder.name} holds no {CONTEXT_FILE}.", "Compile with --target htp first.")
         return self._artifact(folder, self._proven(folder / BINARY_FILE))
+
+    def bundle(self, artifact: Artifact, sample: Sample, folder: Path) -> None:
+        write_bundle(artifact, self.chip, self.provider_options(), sample, self.run(artifact, sample.inputs), folder)
 
     def _require(self) -> None:
         missing = self.missing()
