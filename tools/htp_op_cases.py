@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-Kind = Literal["activation", "weight", "norm_weight", "bias", "constant"]
+Kind = Literal["activation", "weight", "norm_weight", "bias", "constant", "indices"]
 Array = NDArray[Any]
 Feeds = dict[str, Array]
 
@@ -31,7 +31,7 @@ class Operand:
     Attributes:
         kind: what it is; a bias has the scale of input times weight.
         shape: its shape.
-        low, high: range of its values.
+        low, high: range of its values; indices are whole numbers in it, `high` left out.
         axis: output channels of a weight.
         value: of a constant.
     """
@@ -175,6 +175,11 @@ class GraphBuilder:
     def _constant(self, name: str, operand: Operand) -> str:
         assert operand.value is not None
         self._constants.append(numpy_helper.from_array(operand.value, name))
+        return name
+
+    def _indices(self, name: str, operand: Operand) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, operand.shape))
+        self.feeds[name] = self._random.integers(int(operand.low), int(operand.high), operand.shape)
         return name
 
     def _dequantized(
@@ -384,7 +389,7 @@ def _images() -> Iterator[Case]:
         operands = (value, *(Operand("constant", value=np.array(item, np.float32)) for item in ([], [1, 1, 2, 2])))
         yield Case("Resize", 4, operands, variant, attributes)
     table = Operand("weight", (64, 32))
-    yield Case("Gather", 2, (table, Operand("constant", value=np.arange(8))), "constant table")
+    yield Case("Gather", 2, (table, Operand("indices", (8,), 0, 64)), "constant table")
 
 
 def _resizes() -> Iterator[dict[str, str]]:

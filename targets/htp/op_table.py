@@ -109,8 +109,8 @@ def _by_key(rows: Iterable[OpRow]) -> dict[Key, OpRow]:
 
 
 def nearest_that_runs(table: OpTable, key: Key) -> str:
-    """How the same op would run, in words; empty where the table knows no way."""
-    runs = [row for row in table.rows.values() if row.op == key[0] and row.verdict == "runs"]
+    """How the same op, in the same variant, would run, in words; empty where the table knows no way."""
+    runs = [row for row in table.rows.values() if row.key[:2] == key[:2] and row.verdict == "runs"]
     if not runs:
         return ""
     best = min(runs, key=lambda row: _differences(row.key, key))
@@ -123,7 +123,7 @@ def _differences(row: Key, asked: Key) -> tuple[int, int]:
 
 
 def _words(best: OpRow, asked: Key, runs: list[OpRow]) -> Iterable[str]:
-    _, variant, rank, weight_bits, activation_bits, granularity = asked
+    _, _, rank, weight_bits, activation_bits, granularity = asked
     if best.rank != rank:
         alike = [row.rank for row in runs if (*row.key[:2], *row.key[3:]) == (*best.key[:2], *best.key[3:])]
         yield f"at rank <= {max(alike)}" if max(alike) < rank else f"at rank {best.rank}"
@@ -133,8 +133,6 @@ def _words(best: OpRow, asked: Key, runs: list[OpRow]) -> Iterable[str]:
         yield f"at {best.activation_bits}-bit activations"
     if best.granularity not in (granularity, ""):
         yield f"with scales {best.granularity.replace('_', ' ')}"
-    if best.variant != variant:
-        yield f"as {best.variant}" if best.variant else f"without {variant}"
 
 
 def has_weights(table: OpTable, op: str) -> bool:
