@@ -11,8 +11,11 @@ from types import ModuleType
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+import torch
 from onnx import shape_inference
+from torch import nn
 
+import fraqat_compiler
 from fraqat_compiler.targets.htp import target as htp_target
 from fraqat_compiler.targets.htp.advice import key_of
 from fraqat_compiler.targets.htp.op_table import Key, OpTable, load_table, nearest_that_runs
@@ -128,3 +131,17 @@ def test_a_table_of_another_version_is_told(tool: ModuleType, tmp_path: Path, mo
     op, note = HtpTarget().check(probe_file(tool, ("Relu", "", 3, None, 8, ""), tmp_path))
     assert (op.verdict, note.verdict) == ("runs", "runs")
     assert "1.0.0" in note.reason and note.remedy
+
+
+@needs_htp
+@pytest.mark.parametrize("groups", [4, 16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_grouped_transposed_convolutions_get_the_form_that_is_right(groups: int, bias: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(16, 16, 4, 2, 1, groups=groups, bias=bias))
+    result = fraqat_compiler.compile(
+        model, (torch.randn(1, 16, 8, 8),), output=tmp_path / "out", target="htp", steps=0, weights="4"
+    )
+    parity = result.report["parity"]["target"]
+    assert parity["max_lsb"] <= 2
+    assert parity["slope"] == pytest.approx(1, abs=0.01)

@@ -89,10 +89,11 @@ class HtpTarget(Target):
         """What the library takes: symmetric signed weights, unsigned activations, u8 norm weights.
 
         A lookup table is per tensor at 8 bits and unsigned like activations, because a Gather has one grid. Depthwise
-        kernels keep 8 bits at 16-bit activations, where 4-bit ones stray by 26 to 62 LSB. A softmax over many elements
-        has 16 bits: at 8 the library computes a flat one too large, by 19 % at 256 elements and more than twofold at
-        1024. A sigmoid at 16 bits spans [0, 1): the library gives it that grid whatever the file says, and then scales
-        the bias of a layer behind it wrongly.
+        kernels keep 8 bits at 16-bit activations, where 4-bit ones stray by 26 to 62 LSB. Grouped transposed
+        convolutions have 8 bits per tensor: per channel they are wrong, or refused with a bias, as 4 bits per tensor
+        are. A softmax over many elements has 16 bits: at 8 the library computes a flat one too large, by 19 % at 256
+        elements and more than twofold at 1024. A sigmoid at 16 bits spans [0, 1): the library gives it that grid
+        whatever the file says, and then scales the bias of a layer behind it wrongly.
         """
         spec = super().quant_spec(request)
         if isinstance(spec, Unquantized):
@@ -105,6 +106,8 @@ class HtpTarget(Target):
             return spec
         if request.op == "embedding":
             return QuantSpec(bit_width=8, symmetric=False, signed=False)
+        if request.depthwise and request.op == "conv_transpose":
+            return dataclasses.replace(spec, bit_width=max(spec.bit_width, 8), axis=None)
         if request.depthwise and request.activation_bit_width > 8:
             return dataclasses.replace(spec, bit_width=max(spec.bit_width, 8))
         return spec
