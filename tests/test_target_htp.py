@@ -532,6 +532,6 @@ def test_remedies_fit_the_op() -> None:
 
 
 def test_the_op_to_blame_is_named_and_not_one_that_reads_constants_alone(tmp_path: Path) -> None:
-    model = torch.nn.Sequential(torch.nn.PReLU(), torch.nn.ConvTranspose2d(8, 8, 3, 2, 1, groups=2))
-    with pytest.raises(TargetError, match=r"refuses 1 of .*1/ConvTranspose.*no kernel.*one without groups"):
+    model = torch.nn.Sequential(torch.nn.PReLU(), torch.nn.Unflatten(1, (8, 1)), torch.nn.Conv3d(8, 8, (1, 3, 3)))
+    with pytest.raises(TargetError, match=r"refuses 1 of .*2/Conv.*does not fit.*8-bit"):
         fraqat_compiler.compile(model, (torch.randn(1, 8, 6, 6),), output=tmp_path, target="htp")
