@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -140,17 +141,19 @@ def test_a_device_that_is_not_here_is_told(case: Case, tmp_path: Path) -> None:
         OpenVinoTarget(device="TPU").check(case.model)
 
 
-@pytest.fixture
+@contextmanager
 def small_files_only() -> Iterator[None]:
+    """No fixture: pytest itself writes between a test and the end of its fixtures."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("small_files_only")
 def test_a_full_disk_leaves_nothing(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"), small_files_only():
         TARGET.compile(case.model, tmp_path)
     assert not list(tmp_path.iterdir())
 
