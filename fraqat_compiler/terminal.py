@@ -178,7 +178,7 @@ def show_checked(console: Console, ops: Rows) -> None:
     columns = ("op", "verdict", "after rewrites by", "how many", "weight bits", "activation bits")
     console.print(table(f"{sum(kinds.values())} ops", columns, rows, texts=3))
     for op in ops:
-        if op["verdict"] != "runs":
+        if op["reason"]:
             said = f"{op['node'] or '(unnamed)'} ({op['op']}): {op['reason']}. {op['remedy']}"
             console.print(Text.assemble((f"{op['verdict']}: ", _VERDICT_COLORS[op["verdict"]]), said))
 
