@@ -35,6 +35,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "decompose-group-norm": "fraqat_compiler.passes.decompose_group_norm:DecomposeGroupNorm",
         "decompose-activations": "fraqat_compiler.passes.decompose_activations:DecomposeActivations",
         "decompose-pad": "fraqat_compiler.passes.decompose_pad:DecomposePad",
+        "weigh-norms": "fraqat_compiler.passes.weigh_norms:WeighNorms",
         "clip-masks": "fraqat_compiler.passes.clip_masks:ClipMasks",
         "split-low-rank": "fraqat_compiler.passes.split_low_rank:SplitLowRank",
         "insert-fake-quant": "fraqat_compiler.passes.insert_fake_quant:InsertFakeQuant",

@@ -7,12 +7,11 @@ from math import prod
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fraqat_compiler import fx_graph
 from fraqat_compiler.layers import layer_name
-from fraqat_compiler.ops import argument, module_path, op_name
+from fraqat_compiler.ops import argument, op_name
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
 
 _aten = torch.ops.aten
@@ -23,9 +22,9 @@ class FuseRmsNorm(FxPass):
     """Make one op of an RMSNorm that is written out, and let it see rows of two dimensions.
 
     Before: `x * rsqrt(mean(x ** 2, -1) + eps) * gamma`. After: `rms_norm(x, gamma, eps)` between reshapes to [rows,
-    size] and back where x has several leading dimensions; a gamma of ones where there is none. Written out, the HTP
-    library scales the reciprocal root wrongly where the root stays below 1; RMSNormalization of opset 23 it computes
-    within a step, but at 8 bits not over several leading dimensions. Does nothing to other uses of rsqrt.
+    size] and back where x has several leading dimensions. Written out, the HTP library scales the reciprocal root
+    wrongly where the root stays below 1; RMSNormalization of opset 23 it computes within a step, but at 8 bits not over
+    several leading dimensions. Does nothing to other uses of rsqrt.
     """
 
     name: ClassVar[str] = "fuse-rms-norm"
@@ -36,8 +35,8 @@ class FuseRmsNorm(FxPass):
             if op_name(node) == "aten.rsqrt":
                 changes += [f"fused {name}" for name in _fuse(model, node)]
         for node in model.graph.find_nodes(op="call_function", target=_aten.rms_norm.default):
-            if _give_gamma(model, node) | _flatten(node):
-                changes.append(f"gave {layer_name(node)} rows and a gamma")
+            if _flatten(node):
+                changes.append(f"gave {layer_name(node)} rows")
         fx_graph.finish(model)
         return PassResult(model, bool(changes), tuple(changes))
 
@@ -88,16 +87,6 @@ def _scaled(model: GraphModule, product: Node) -> tuple[Node, Node | None]:
     value = fx_graph.constant_of(model, gamma)
     is_row = value is not None and tuple(value.shape) == tuple(product.meta["val"].shape[-1:])
     return (user, gamma) if is_row and isinstance(gamma, Node) else (product, None)
-
-
-def _give_gamma(model: GraphModule, node: Node) -> bool:
-    if argument(node, 2) is not None:
-        return False
-    value: Tensor = node.meta["val"]
-    name = f"{module_path(node)}.{node.name}_weight".lstrip(".")
-    gamma = fx_graph.add_constant(model, node, name, torch.ones(value.shape[-1]))
-    node.args = (*node.args[:2], gamma, argument(node, 3))
-    return True
 
 
 def _flatten(node: Node) -> bool:

@@ -71,13 +71,6 @@ def test_rows_along_several_dimensions_become_one() -> None:
     assert not FuseRmsNorm().run(graph, PassContext()).modified
 
 
-def test_torchs_own_norm_gets_a_gamma() -> None:
-    graph, modified = _fused(nn.RMSNorm(16, elementwise_affine=False), torch.randn(1, 4, 16))
-    assert modified
-    (norm,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.rms_norm.default)
-    assert norm.args[2].op == "get_attr"
-
-
 def test_a_product_with_no_weight_keeps_it() -> None:
     model = nn.Sequential(WrittenOut(affine=False), nn.Linear(16, 16))
     graph, _ = _fused(model, torch.randn(1, 4, 16))
