@@ -48,7 +48,7 @@ def calibrate(graph: GraphModule, batches: Iterable[Batch], on_batch: Callable[[
         for module in activations.values():
             module.start_calibration()
         for batch in batches:
-            _observe(graph, batch, count)
+            run_observed(graph, batch, count)
             count += 1
             if on_batch:
                 on_batch(count)
@@ -61,9 +61,14 @@ def calibrate(graph: GraphModule, batches: Iterable[Batch], on_batch: Callable[[
     return count
 
 
-def _observe(graph: GraphModule, batch: Batch, index: int) -> None:
+def run_observed(graph: Callable[..., Any], batch: Batch, index: int) -> Any:
+    """`run_batch` on a batch of the calibration data.
+
+    Raises:
+        DataError: it does not run, or holds NaN or infinite values; the message names the batch.
+    """
     try:
-        run_batch(graph, batch)
+        return run_batch(graph, batch)
     except DataError as error:
         raise DataError(f"calibration batch {index}: {error.message}", error.remedy) from error
     except (RuntimeError, TypeError, ValueError, IndexError) as error:

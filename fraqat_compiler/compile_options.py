@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from fraqat_compiler.auto_widths import asked_widths
 from fraqat_compiler.capture import Tracer
 from fraqat_compiler.errors import UsageError
 from fraqat_compiler.losses import parse_losses
@@ -21,7 +22,8 @@ class CompileOptions:
     """What can be asked of a compile; the command line's flags have the same names.
 
     Attributes:
-        weights, activations: widths with overrides by module name (`4,lm_head=8`).
+        weights, activations: widths with overrides by module name (`4,lm_head=8`); weights may be found by sensitivity
+            under a budget (`auto{mean-bits=4.5},lm_head=8`).
         schedule: name or text of the bit-width schedule of the fine-tune.
         steps: optimizer steps of the fine-tune; 0 is post-training quantization; None is 400 where the job has
             training data, else 0.
@@ -93,7 +95,7 @@ def _refuse_unexportable(settings: CompileOptions) -> None:
         )
     for flag in ("weights", "activations"):
         text = getattr(settings, flag)
-        for width in Widths.parse(text).all:
+        for width in asked_widths(text) if flag == "weights" else Widths.parse(text).all:
             if width is not None and not (width.is_integer() and width <= MAX_EXPORTED_BIT_WIDTH):
                 raise UsageError(
                     f"--{flag} {text}: {width:g} bits cannot be exported, for files hold integer widths up to "
@@ -105,7 +107,7 @@ def _refuse_unexportable(settings: CompileOptions) -> None:
 
 def _refuse_unusable(settings: CompileOptions) -> None:
     """What no fine-tune could do."""
-    parse_schedule(settings.schedule, end=min(filter(None, Widths.parse(settings.weights).all), default=8.0))
+    parse_schedule(settings.schedule, end=min(filter(None, asked_widths(settings.weights)), default=8.0))
     _refuse_idle(settings)
     if settings.lr is not None and not 0 < settings.lr < math.inf:
         raise UsageError(f"--lr {settings.lr} is no learning rate.", "It is a positive number.")

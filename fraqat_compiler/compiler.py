@@ -1,7 +1,7 @@
 """The front door: one call takes a model to a compiled, verified artifact and its report.
 
 The phases run in this order; each is a method of `_Compilation`, or of `Tuning` before it:
-capture -> insert (prepare pipeline) -> calibrate -> check a draft -> fine-tune -> lower -> compile ->
+capture -> prepare (the target's pipeline) -> insert -> calibrate -> check a draft -> fine-tune -> lower -> compile ->
 verify -> profile.
 """
 
@@ -29,7 +29,7 @@ from fraqat_compiler.fake_quant import WeightFakeQuantize
 from fraqat_compiler.fine_tune import FineTuneResult
 from fraqat_compiler.instruments import Instrument
 from fraqat_compiler.job import Job
-from fraqat_compiler.layers import demanded_bytes, layers, parameter_counts
+from fraqat_compiler.layers import demanded_bytes, parameter_counts
 from fraqat_compiler.manifest import write_manifest
 from fraqat_compiler.output_folder import OutputFolder
 from fraqat_compiler.parity import Parity, TorchRunner
@@ -247,7 +247,8 @@ class _Compilation(Tuning):
             "model": {"name": self.job.name, "parameters": total, "quantized_parameters": quantized},
             "options": dataclasses.asdict(self.options),
             "pipeline": ",".join(self.pipelines),
-            "layers": layers(student),
+            "layers": self.layers(student),
+            **({"assignment": self.assignment} if self.assignment else {}),
             "schedule": history.schedule if history else [],
             "metrics": metrics,
             "passes": [record.to_json() for record in self.records],

@@ -63,13 +63,11 @@ def demanded_bytes(graph: GraphModule) -> int:
     Counted on the quantizers, not on the file, so a weight that was stored wider than it should be shows.
     """
     quantized = dict(weight_quantizers(graph))
-    total = sum(
-        _quantizer_bytes(module, fx_graph.get_tensor(graph, name).numel()) for name, module in quantized.items()
-    )
+    total = sum(quantizer_bytes(module, fx_graph.get_tensor(graph, name).numel()) for name, module in quantized.items())
     for node in graph.graph.nodes:
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, ActivationFakeQuantize):
-            total += _quantizer_bytes(module, 0)
+            total += quantizer_bytes(module, 0)
         if isinstance(module, BiasFakeQuantize):
             total += 2 * 4 * node.args[0].meta["val"].numel() + 4  # int32 codes, a float scale each, the zero point
         if node.op == "get_attr" and not str(node.target).startswith("fake_quant."):
@@ -78,7 +76,7 @@ def demanded_bytes(graph: GraphModule) -> int:
     return total
 
 
-def _quantizer_bytes(module: FakeQuantize, elements: int) -> int:
+def quantizer_bytes(module: FakeQuantize, elements: int) -> int:
     """Codes of `elements`, and the quantizer's own parameters."""
     width = next(stored for stored in _STORED_WIDTHS if stored >= module.spec.bit_width)
     return math.ceil(elements * width / 8) + module.scale.numel() * 4 + math.ceil(module.scale.numel() * width / 8)

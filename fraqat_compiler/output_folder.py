@@ -23,7 +23,11 @@ REMOTE_JOBS = "remote_jobs"
 REPRODUCER = "reproducer"
 LOGS = "logs"
 SIMULATION_FILE = "simulation.json"
-BOOKKEEPING = (MANIFEST_FILE, LOCK_FILE, STAGING, RESULTS_FILE, CHECKPOINTS, REMOTE_JOBS, REPRODUCER, LOGS)
+SENSITIVITY_FILE = "sensitivity.json"
+BOOKKEEPING = (
+    *(MANIFEST_FILE, LOCK_FILE, STAGING, RESULTS_FILE, CHECKPOINTS, REMOTE_JOBS, REPRODUCER, LOGS),
+    SENSITIVITY_FILE,
+)
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -39,8 +43,8 @@ class OutputFolder:
 
     Results are written to `staging` and moved to their place by `commit`, the manifest last: a folder with a manifest
     is whole. What an earlier compile left stays until then; files that no compile wrote stay for ever. Checkpoints are
-    the fine-tune's own and remote jobs the target's, and outlive a compile that fails; so do the logs (`*.log`) in its
-    `staging`, moved to `logs`.
+    the fine-tune's own, remote jobs the target's and sensitivities the assignment's; they outlive a compile that fails,
+    and so do the logs (`*.log`) in its `staging`, moved to `logs`.
 
     Args:
         path: the folder; made when missing.
@@ -54,6 +58,7 @@ class OutputFolder:
         self.staging = self.path / STAGING
         self.checkpoints = self.path / CHECKPOINTS
         self.remote_jobs = self.path / REMOTE_JOBS
+        self.sensitivity = self.path / SENSITIVITY_FILE
         self.reproducer = self.path / REPRODUCER
         self._lock: IO[str] | None = None
 

@@ -18,8 +18,9 @@ import onnx_graphsurgeon as gs
 from torch import nn
 
 from fraqat_compiler import onnx_io, qdq
+from fraqat_compiler.auto_widths import parse_auto
 from fraqat_compiler.compile_options import make_options
-from fraqat_compiler.errors import TargetError
+from fraqat_compiler.errors import TargetError, UsageError
 from fraqat_compiler.job import Job
 from fraqat_compiler.output_folder import OutputFolder
 from fraqat_compiler.pass_manager import PassManager, PassRecord
@@ -70,6 +71,11 @@ def check(
         FraqatError: the model cannot be captured, an op has no ONNX form, the target's package is missing ...
     """
     settings = make_options(options | {"steps": 0, "epochs": None}, exported=True)
+    if parse_auto(settings.weights):
+        raise UsageError(
+            "--weights auto takes calibration data, which a check does without.",
+            "Check the widths that it may choose, one after the other: --weights 4, --weights 8.",
+        )
     target, progress = parse_target(settings.target), progress or Progress()
     missing = target.missing()
     if missing:

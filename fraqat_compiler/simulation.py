@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from fraqat_compiler.compile_options import make_options
 from fraqat_compiler.job import Job
-from fraqat_compiler.layers import layers, parameter_counts
+from fraqat_compiler.layers import parameter_counts
 from fraqat_compiler.output_folder import SIMULATION_FILE, OutputFolder
 from fraqat_compiler.progress import Progress
 from fraqat_compiler.registry import parse_target
@@ -80,7 +80,8 @@ def _report(tuning: Tuning, tuned: Tuned) -> dict[str, Any]:
         "model": {"name": tuning.job.name, "parameters": total, "quantized_parameters": quantized},
         "options": dataclasses.asdict(tuning.options),
         "pipeline": ",".join(tuning.pipelines),
-        "layers": layers(tuned.student),
+        "layers": tuning.layers(tuned.student),
+        **({"assignment": tuning.assignment} if tuning.assignment else {}),
         "schedule": tuned.history.schedule if tuned.history else [],
         "metrics": {"float": tuned.metrics, "quantized": simulated},
         "warnings": tuning.warnings,

@@ -17,16 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fraqat_compiler import fx_graph
+from fraqat_compiler import fx_graph, sensitivity_cache
+from fraqat_compiler.assignment_report import assignment_report
+from fraqat_compiler.auto_widths import parse_auto
 from fraqat_compiler.calibration import Batch, calibrate, first_samples
 from fraqat_compiler.capture import capture
 from fraqat_compiler.compile_options import CompileOptions
-from fraqat_compiler.errors import DataError
+from fraqat_compiler.errors import DataError, UsageError
 from fraqat_compiler.fine_tune import FineTuneResult, fine_tune
 from fraqat_compiler.instruments import Instrument
 from fraqat_compiler.job import Job, load_job
-from fraqat_compiler.layers import end_widths, set_weight_bit_width
+from fraqat_compiler.layers import end_widths, layers, set_weight_bit_width
 from fraqat_compiler.learned_ranges import settle_ranges
+from fraqat_compiler.mixed_precision import make_plan
 from fraqat_compiler.output_folder import OutputFolder
 from fraqat_compiler.pass_base import PassContext
 from fraqat_compiler.pass_manager import PassManager, PassRecord
@@ -35,6 +38,7 @@ from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.progress import Progress
 from fraqat_compiler.recipe import Recipe, parse_recipe
 from fraqat_compiler.schedule import BitWidthSchedule, parse_schedule
+from fraqat_compiler.sensitivity import measure_for, measured_loss
 from fraqat_compiler.target import Target
 from fraqat_compiler.task import TaskObjective
 from fraqat_compiler.training_setup import apply_recipe, budget, make_config, own_parameters
@@ -60,7 +64,10 @@ class Tuned(NamedTuple):
 
 @dataclass
 class Tuning:
-    """The phases capture -> insert (prepare pipeline) -> calibrate -> fine-tune, and the records that they leave."""
+    """The phases capture -> prepare (the target's pipeline) -> insert -> calibrate -> fine-tune, and their records.
+
+    With `--weights auto` the layers' sensitivities are measured, and widths assigned, before the insertion.
+    """
 
     job: Job
     options: CompileOptions
@@ -76,6 +83,13 @@ class Tuning:
 
     def __post_init__(self) -> None:
         self.recipe: Recipe = parse_recipe(self.options.recipe)
+        self.auto = parse_auto(self.options.weights)
+        self.assignment: dict[str, Any] | None = None
+        if self.auto is not None and self.job.calibration_data is None:
+            raise UsageError(
+                "--weights auto measures the layers on calibration data, and the job defines no calibration_data().",
+                "Define it, or name the widths: --weights 4,lm_head=8.",
+            )
 
     def tune(self) -> Tuned:
         """Run them."""
@@ -84,13 +98,24 @@ class Tuning:
             model, args, kwargs = self._load_model()
             teacher = capture(model, args, kwargs, tracer=self.options.tracer)
         self.context = PassContext(target=self.target, example_inputs=(args, kwargs), work_dir=self.folder.staging)
+        with self._phase("prepare"):
+            teacher, student = self._prepare(teacher)
+        weights = self._weights(student)
         with self._phase("insert"):
-            teacher, student = self._insert(teacher)
-        batches = self._calibration_batches(args, kwargs)
+            student = self._run_passes(to_text(self._insert_pass(weights)), student)
+        batches = self._batches
         with self._phase("calibrate", len(batches)):
             calibrate(student, batches, self.progress.update)
         metrics = self.metrics("evaluate float", teacher)
         return Tuned(teacher, student, batches, self._fine_tune(teacher, student), metrics)
+
+    def layers(self, student: GraphModule) -> list[dict[str, Any]]:
+        """Report key `layers`; a width that was assigned says why."""
+        reasons = {entry["name"]: entry["reason"] for entry in self.assignment["layers"]} if self.assignment else {}
+        return [
+            entry | ({"reason": reasons[entry["name"]]} if entry["name"] in reasons and not entry["reason"] else {})
+            for entry in layers(student)
+        ]
 
     def before_training(self, student: GraphModule) -> None:
         """Called when all is ready for the fine-tune."""
@@ -100,15 +125,39 @@ class Tuning:
         inputs = self.job.example_inputs()
         return (model, (), dict(inputs)) if isinstance(inputs, dict) else (model, _as_tuple(inputs), {})
 
-    def _insert(self, captured: GraphModule) -> tuple[GraphModule, GraphModule]:
-        """The float graph that teaches, and the same with fake quants; they share every tensor."""
+    def _prepare(self, captured: GraphModule) -> tuple[GraphModule, GraphModule]:
+        """The float graph that teaches, and the one that shall be quantized; they share every tensor."""
         prepared = self._run_passes(self.target.prepare_pipeline(), captured)
         student = fx_graph.shared_copy(prepared)
-        weights = self.options.weights
         if self.recipe.low_rank is not None:
             student = self._run_passes(to_text(self.recipe.low_rank), student)
-            weights = self.recipe.widths(weights, student)
-        return prepared, self._run_passes(to_text(self._insert_pass(weights)), student)
+        return prepared, student
+
+    def _weights(self, student: GraphModule) -> str:
+        """Widths by module: as asked for, or as the sensitivities of the layers and the budget have it."""
+        if self.auto is None:
+            return self._with_branches(self.options.weights, student)
+        rules = self._with_branches("4", student).partition(",")[2]
+        plan = make_plan(self.auto, rules, lambda weights: self._trial(weights, student))
+        loss, seed = measure_for(self.options.loss), self.options.seed
+        with self._phase("sensitivity", len(self._batches)):
+            found = sensitivity_cache.measured(
+                self.folder.sensitivity, student, self._batches, plan.candidates, loss, seed, self.progress.update
+            )
+        widths = plan.assign(found)
+        with self._phase("assign"):
+            self.assignment = assignment_report(
+                plan, found, widths, loss, lambda chosen: measured_loss(student, self._batches, chosen, loss)
+            )
+        return plan.text(widths)
+
+    def _with_branches(self, weights: str, student: GraphModule) -> str:
+        return weights if self.recipe.low_rank is None else self.recipe.widths(weights, student)
+
+    def _trial(self, weights: str, student: GraphModule) -> GraphModule:
+        """A copy with fake quants, to see what the target makes of these widths."""
+        trial: GraphModule = self._insert_pass(weights).run(fx_graph.shared_copy(student), self.context).model
+        return trial
 
     def _insert_pass(self, weights: str) -> InsertFakeQuant:
         return InsertFakeQuant(
@@ -126,7 +175,11 @@ class Tuning:
         """Of the fine-tune; asked of the data once."""
         return budget(self.job, self.options.steps, self.options.epochs)
 
-    def _calibration_batches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Batch]:
+    @cached_property
+    def _batches(self) -> list[Batch]:
+        """The calibration data."""
+        assert self.context.example_inputs is not None
+        args, kwargs = self.context.example_inputs
         if self.job.calibration_data is None:
             self.warnings.append(
                 "The job defines no calibration_data(): activation ranges come from the example inputs alone."
