@@ -397,6 +397,14 @@ def resize(path: Path, *, right: bool) -> Path:
     return b.save(path, [1, 4, 8, 8], b.qdq(result, -3, 3))
 
 
+def pool(path: Path, *, right: bool) -> Path:
+    """Windows of 4 x 4, whose means span less than those of the 2 x 2 in them; side by side, or overlapping."""
+    b = Builder()
+    strides = [2, 2] if right else [4, 4]
+    result = b.op("AveragePool", [b.qdq("x", -3, 3)], "op", kernel_shape=[4, 4], strides=strides)
+    return b.save(path, [1, 4, 16, 16], b.qdq(result, -1, 1))
+
+
 def mask(path: Path, least: float) -> Path:
     b = Builder()
     added = b.op("Add", [b.qdq("x", -3, 3), b.qdq(b.constant("mask", [[0.0, least] * 32]), least, 0)], "op")
@@ -413,6 +421,7 @@ def mask(path: Path, least: float) -> Path:
         (softmax, (-1, 1), 0.0095 / 255, "Softmax at 8 bits"),
         (logarithm, (0.1, 10), 3 / 255, "leaves its range"),
         (resize, (-3, 3), 6 / 255, "nearest-neighbour"),
+        (pool, (-3, 3), 2 / 255, "AveragePool"),
     ],
 )
 def test_what_a_rule_calls_wrong_is_wrong_and_its_remedy_is_right(

@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx import shape_inference
 
 from fraqat_compiler import lazy_values, onnx_io, qdq
+from fraqat_compiler.passes.convolve_average_pools import is_split
 from fraqat_compiler.target import Finding
 from fraqat_compiler.targets.model_file import read_model
 
@@ -123,6 +124,15 @@ def _nearest_resize(node: gs.Node) -> bool:
     return modes in _WRONG_RESIZES
 
 
+def _split_average(node: gs.Node) -> bool:
+    """A pool over windows side by side; the pass turns it into a convolution where all windows have one divisor."""
+    if node.op != "AveragePool" or node.inputs[0].shape is None or len(node.inputs[0].shape) != 4:
+        return False
+    kernel = list(node.attrs["kernel_shape"])
+    stride, padding = list(node.attrs.get("strides", [1, 1])), list(node.attrs.get("pads", [0] * 4))
+    return is_split(node.inputs[0].shape[2:], kernel, stride, padding)
+
+
 def _mask_constant(node: gs.Node) -> bool:
     return node.op in ("Add", "Sub", "Where") and any(_least(tensor) < -LARGEST_MASK for tensor in node.inputs)
 
@@ -179,6 +189,11 @@ _RULES = (
         _nearest_resize,
         "these modes of nearest-neighbour Resize pick other neighbours",
         "Use asymmetric with floor, or half_pixel with round_prefer_floor.",
+    ),
+    _Rule(
+        _split_average,
+        "AveragePool over even windows side by side, or padded ones, is cut off at the range of its result",
+        "Count the padding (count_include_pad), so that pass convolve-average-pools makes it a convolution.",
     ),
     _Rule(_mask_constant, "a mask constant of this size ruins the quantizer", "Clip it to about -50: pass clip-masks."),
 )

@@ -114,8 +114,8 @@ class HtpTarget(Target):
 
     def prepare_pipeline(self) -> str:
         """Shapes are simplified last: what the passes before them write out has some too."""
-        text = super().prepare_pipeline().replace("decompose-attention", "fuse-rms-norm,decompose-attention")
-        return f"{text},decompose-pad,weigh-norms,reduce-rank,simplify-shapes"
+        text = super().prepare_pipeline().replace("decompose-attention", "fuse-rms-norm,fuse-gelu,decompose-attention")
+        return f"{text},decompose-pad,convolve-average-pools,weigh-norms,reduce-rank,simplify-shapes"
 
     def lower_pipeline(self) -> str:
         """Opset 23 has RMSNormalization; the rest is what the library refuses or computes wrongly, pass by pass."""
