@@ -58,7 +58,12 @@ JobText = Annotated[str, typer.Argument(metavar="JOB", help="FILE.py, FILE.py:FU
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results (default: out/JOB).")
 ]
-Weights = Annotated[str, typer.Option(metavar="BITS", help="Weight bits; overrides by module: 4,lm_head=8.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        metavar="BITS", help="Weight bits; overrides by module: 4,lm_head=8. By sensitivity: auto{mean-bits=4.5}."
+    ),
+]
 Activations = Annotated[str, typer.Option(metavar="BITS", help="Activation bits: 8,proj_out=16.")]
 Schedule = Annotated[
     str,

@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 
 from fraqat_compiler import layerwise, onnx_io, parity, survival
 from fraqat_compiler.calibration import Batch, run_batch
+from fraqat_compiler.auto_widths import parse_size
 from fraqat_compiler.compile_options import CompileOptions, make_options
 from fraqat_compiler.errors import TargetError
 from fraqat_compiler.fake_quant import WeightFakeQuantize
@@ -37,7 +38,7 @@ from fraqat_compiler.pass_manager import PassManager
 from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.progress import Progress
 from fraqat_compiler.registry import parse_target
-from fraqat_compiler.report import write_report
+from fraqat_compiler.report import format_bytes, write_report
 from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Target
 from fraqat_compiler.tuning import Tuning, job_of
 
@@ -280,10 +281,20 @@ class _Compilation(Tuning):
         """Size of the file beside what the bit widths demand: their tensors, and the graph that holds them."""
         summary = onnx_io.summary(model_path)
         summary["expected_bytes"] = demanded_bytes(student) + summary["structure_bytes"]
+        self._warn_of_size(summary)
         excess = summary["bytes"] / summary["expected_bytes"] - 1
         if excess > SIZE_TOLERANCE:
             self.warnings.append(f"{model_path.name} is {100 * excess:.1f} % larger than its bit widths demand.")
         return summary
+
+    def _warn_of_size(self, summary: dict[str, Any]) -> None:
+        """The assignment knows the tensors alone; what the graph around them takes is known now."""
+        asked = self.auto.auto.size if self.auto else None
+        if asked and summary["bytes"] > parse_size(asked):
+            self.warnings.append(
+                f"{summary['path']} has {format_bytes(summary['bytes'])}: size={asked} went to its tensors, and the "
+                f"graph around them takes {format_bytes(summary['structure_bytes'])}. Ask for that much less."
+            )
 
     def _finish(self, report: dict[str, Any], artifact: Artifact, images: dict[str, Any]) -> CompileResult:
         staging = self.folder.staging

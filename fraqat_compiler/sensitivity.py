@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from fraqat_compiler import fx_graph
 from fraqat_compiler.calibration import Batch, run_batch, run_observed
 from fraqat_compiler.errors import DataError
 from fraqat_compiler.fake_quant import WeightFakeQuantize
-from fraqat_compiler.losses import Kl, Loss, Mse, Seen, float_pairs, parse_losses
+from fraqat_compiler.losses import Kl, Loss, Mse, Seen, parse_losses
 
 MIN_PROBES = 32  # gradients in all; few batches take several each
 
@@ -63,7 +64,7 @@ def measure(
     Raises:
         DataError: a batch that does not run, or makes outputs or gradients that are not finite.
     """
-    diagonal = _diagonal(graph, batches, list(candidates), loss, seed, on_batch)
+    diagonal = gauss_newton_diagonal(graph, batches, list(candidates), loss, seed, on_batch)
     return {
         name: _of_tensor(fx_graph.get_tensor(graph, name).detach(), diagonal[name], by_width)
         for name, by_width in candidates.items()
@@ -79,7 +80,7 @@ def _of_tensor(weight: Tensor, diagonal: Tensor, by_width: Mapping[float, Weight
     return {width: known[quantizer.spec] for width, quantizer in by_width.items()}
 
 
-def _diagonal(
+def gauss_newton_diagonal(
     graph: GraphModule,
     batches: Sequence[Batch],
     names: list[str],
@@ -96,15 +97,22 @@ def _diagonal(
         outputs = _outputs(graph, weights, batch, index)
         for probe in range(probes):
             cotangents = [_cotangent(loss, output.detach(), len(outputs), generator) for output in outputs]
-            keep = probe + 1 < probes
-            gradients = torch.autograd.grad(
-                outputs, list(weights.values()), cotangents, retain_graph=keep, allow_unused=True
-            )
-            _add_squares(sums, gradients)
+            _add_squares(sums, _gradients(outputs, list(weights.values()), cotangents, last=probe + 1 == probes))
         _refuse_infinite(sums.values(), f"calibration batch {index} gives gradients that are not finite")
         on_batch(index + 1)
     count = len(batches) * probes
     return {name: total.div_(count) for name, total in sums.items()}
+
+
+def _gradients(
+    outputs: list[Tensor], weights: list[Tensor], cotangents: list[Tensor], *, last: bool
+) -> tuple[Tensor | None, ...]:
+    """Of the outputs that depend on a weight, weighted by the cotangents; None for a weight that none depends on."""
+    pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
+    if not pairs:
+        return (None,) * len(weights)
+    dependent, weighting = zip(*pairs, strict=True)
+    return torch.autograd.grad(dependent, weights, weighting, retain_graph=not last, allow_unused=True)
 
 
 def _add_squares(sums: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -114,9 +122,15 @@ def _add_squares(sums: Mapping[str, Tensor], gradients: Sequence[Tensor | None])
 
 
 def _outputs(graph: GraphModule, weights: Mapping[str, Tensor], batch: Batch, index: int) -> list[Tensor]:
-    """The float outputs that depend on a weight."""
+    """The float outputs."""
     result = run_observed(lambda *args, **kwargs: _call(graph, weights, args, kwargs), batch, index)
-    outputs = [output for output, _ in float_pairs(result, result) if output.requires_grad]
+    leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    outputs = [leaf for leaf in leaves if leaf.is_floating_point()]
+    if not outputs:
+        raise DataError(
+            "the model has no float output that the effect of a width could be measured on.",
+            "Let it return its logits or features, or name the widths: --weights 4,head=8.",
+        )
     _refuse_infinite(outputs, f"calibration batch {index} makes the float model's output not finite")
     return outputs
 

@@ -45,6 +45,8 @@ def show_report(console: Console, report: Mapping[str, Any], folder: Path) -> No
     """The figures of a compile, and where the rest lies."""
     console.print(_figures(report))
     console.print(_parity(report["parity"]))
+    if report.get("assignment"):
+        show_assignment(console, report["assignment"])
     if report["metrics"]["quantized"]:
         console.print(_metrics(report["metrics"]))
     for line in report.get("warnings", []):
@@ -60,11 +62,29 @@ def show_simulation(console: Console, report: Mapping[str, Any], folder: Path) -
         *([("last loss", format_number(report["schedule"][-1]["loss"]))] if report["schedule"] else []),
     ]
     console.print(table(str(report["model"]["name"]), ("", ""), rows, texts=2))
+    if report.get("assignment"):
+        show_assignment(console, report["assignment"])
     if report["metrics"]["quantized"]:
         console.print(_metrics(report["metrics"]))
     for line in report["warnings"]:
         console.print(Text.assemble(("warning: ", "yellow"), line))
     console.print(Text(f"simulation: {folder / SIMULATION_FILE}"), soft_wrap=True)
+
+
+def show_assignment(console: Console, assignment: Mapping[str, Any], shown: int = SHOWN_LAYERS) -> None:
+    """The widths that the sensitivities gave: held against uniform ones, and the layers that matter most with why."""
+    arms = [(f"all at {arm['bits']:g}", arm) for arm in assignment["uniform"]] + [("assigned", assignment)]
+    rows = [
+        (name, f"{arm['mean_bits']:.2f}", format_bytes(arm["bytes"]), arm["predicted_loss"], arm["measured_loss"])
+        for name, arm in sorted(arms, key=lambda arm: arm[1]["mean_bits"])
+    ]
+    title = f"weight widths for {assignment['budget']}; {assignment['measure']} of the weights alone"
+    console.print(table(title, ("", "mean bits", "tensors", "predicted", "measured"), rows))
+    layers = sorted(assignment["layers"], key=lambda layer: -layer["share"])
+    asked = list(layers[0]["losses"])
+    columns = ("layer", "why", "bits", *(f"loss at {width}" for width in asked))
+    figures = ([layer["name"], layer["reason"], layer["bits"], *layer["losses"].values()] for layer in layers[:shown])
+    console.print(table(f"the {min(shown, len(layers))} of {len(layers)} layers that matter most", columns, figures, 2))
 
 
 def _figures(report: Mapping[str, Any]) -> Table:
