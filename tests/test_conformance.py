@@ -25,7 +25,14 @@ from fraqat_compiler.targets.onnxruntime import OnnxRuntimeTarget
 
 
 @pytest.mark.parametrize(
-    "text", ["onnxruntime", "onnxruntime{optimization=basic threads=1}", "onnxruntime{offline=true}", "htp"]
+    "text",
+    [
+        "onnxruntime",
+        "onnxruntime{optimization=basic threads=1}",
+        "onnxruntime{offline=true}",
+        "htp",
+        "htp{io=quantized}",
+    ],
 )
 def test_a_built_in_target_keeps_every_rule(text: str) -> None:
     target = parse_target(text)

@@ -15,6 +15,8 @@ import numpy as np
 
 from fraqat_compiler.manifest import sha256
 from fraqat_compiler.target import Arrays, Artifact, Sample
+from fraqat_compiler.targets.htp.context_model import read_context
+from fraqat_compiler.targets.htp.quantized_io import Codes, quantized
 from fraqat_compiler.targets.htp.socs import Soc
 from fraqat_compiler.targets.model_file import read_model
 
@@ -22,7 +24,7 @@ from fraqat_compiler.targets.model_file import read_model
 def write_bundle(
     artifact: Artifact, chip: Soc, options: Mapping[str, str], sample: Sample, emulated: Arrays, folder: Path
 ) -> None:
-    """Write the bundle into an empty folder.
+    """Write the bundle into an empty folder. Raw files hold what the graph itself takes and gives: codes, or floats.
 
     Args:
         artifact: EPContext model and context binary.
@@ -34,6 +36,8 @@ def write_bundle(
     """
     for file in artifact.files:
         shutil.copyfile(file, folder / file.name)
+    codes = read_context(artifact.path).codes
+    sample, emulated = _coded(sample, codes), quantized(emulated, codes)
     package = files("fraqat_compiler.targets.htp")
     (folder / "run.py").write_text(package.joinpath("bundle_run.py").read_text(encoding="utf-8"), encoding="utf-8")
     manifest: dict[str, Any] = {
@@ -42,10 +46,10 @@ def write_bundle(
         "graph": _graph_name(artifact.path),
         "soc": {name: artifact.details[name] for name in ("soc", "htp_arch", "vtcm_bytes", "qairt_version")},
         "provider_options": dict(options),
-        "inputs": _written(sample.inputs, folder, "inputs"),
+        "inputs": _written(sample.inputs, codes, folder, "inputs"),
         "outputs": [
             entry | _distances(sample, emulated, entry["name"])
-            for entry in _written(sample.expected, folder, "expected")
+            for entry in _written(sample.expected, codes, folder, "expected")
         ],
     }
     listed = " ".join(f"{entry['name']}:={entry['file']}" for entry in manifest["inputs"])
@@ -66,15 +70,26 @@ def _graph_name(model: Path) -> str:
     return str(names[0] if names else node.name)
 
 
-def _written(arrays: Arrays, folder: Path, kind: str) -> list[dict[str, Any]]:
+def _coded(sample: Sample, codes: Mapping[str, Codes]) -> Sample:
+    """The sample as the graph takes and gives it; a step between codes is 1."""
+    steps = {**sample.steps, **dict.fromkeys(codes, 1.0)}
+    return Sample(quantized(sample.inputs, codes), quantized(sample.expected, codes), steps)
+
+
+def _written(arrays: Arrays, codes: Mapping[str, Codes], folder: Path, kind: str) -> list[dict[str, Any]]:
     (folder / kind).mkdir()
     entries = []
     for index, (name, array) in enumerate(arrays.items()):
         file = f"{kind}/{index}_{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.raw"
         little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         little.tofile(folder / file)
-        entries.append({"name": name, "file": file, "dtype": array.dtype.name, "shape": list(array.shape)})
+        entry = {"name": name, "file": file, "dtype": array.dtype.name, "shape": list(array.shape)}
+        entries.append(entry | _meaning(codes.get(name)))
     return entries
+
+
+def _meaning(code: Codes | None) -> dict[str, Any]:
+    return {} if code is None else {"scale": code.scale, "zero_point": code.zero_point}
 
 
 def _distances(sample: Sample, emulated: Arrays, name: str) -> dict[str, float]:
@@ -106,4 +121,11 @@ def _readme(artifact: Artifact, chip: Soc, manifest: Mapping[str, Any], folder: 
 
 
 def _lines(entries: list[dict[str, Any]]) -> str:
-    return "\n".join(f"- `{entry['name']}`: {entry['dtype']} {entry['shape']}, `{entry['file']}`" for entry in entries)
+    return "\n".join(map(_line, entries))
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    line = f"- `{entry['name']}`: {entry['dtype']} {entry['shape']}, `{entry['file']}`"
+    if "scale" not in entry:
+        return line
+    return f"{line}; value = (code - {entry['zero_point']}) * {entry['scale']!r}"

@@ -53,10 +53,24 @@ class QnnProcess:
         weakref.finalize(self, _end, self._process, self._commands, self._answers)
 
     def load(
-        self, model: Path, provider: Mapping[str, str], config: Mapping[str, str], severity: int = QUIET
+        self,
+        model: Path,
+        provider: Mapping[str, str],
+        config: Mapping[str, str],
+        severity: int = QUIET,
+        content: bytes | None = None,
     ) -> list[str]:
-        """Open a session on a model or context binary; returns its output names."""
-        names: list[str] = self._call("load", str(model), dict(provider), dict(config), severity)
+        """Open a session on a model or context binary; returns its output names.
+
+        Args:
+            model: its file.
+            provider, config: options of the provider and of the session.
+            severity: of the log that the library keeps.
+            content: the model to take in place of what the file holds; weights are read from the files beside that.
+        """
+        path = model.resolve()
+        given = path.name if content is None else content
+        names: list[str] = self._call("load", str(path.parent), given, dict(provider), dict(config), severity)
         return names
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]:

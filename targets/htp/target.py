@@ -24,12 +24,14 @@ from fraqat_compiler.targets.htp.advice import advise
 from fraqat_compiler.targets.htp.bundle import write_bundle
 from fraqat_compiler.targets.htp.client import NO_FALLBACK, QnnError, QnnProcess
 from fraqat_compiler.targets.htp.context_binary import BinaryFacts, read_binary
+from fraqat_compiler.targets.htp.context_model import note, read_context, weight_bytes
 from fraqat_compiler.targets.htp.cost_model import estimate, known_models, to_profile
 from fraqat_compiler.targets.htp.log_messages import explain
 from fraqat_compiler.targets.htp.node_support import Refusal, refusals
 from fraqat_compiler.targets.htp.op_counts import count_ops
 from fraqat_compiler.targets.htp.op_table import load_table
 from fraqat_compiler.targets.htp.profile_csv import NOTES, read_profile
+from fraqat_compiler.targets.htp.quantized_io import dequantized, quantized, strip_boundary
 from fraqat_compiler.targets.htp.rules import with_shapes, wrong_nodes
 from fraqat_compiler.targets.htp.socs import Soc, find_soc
 from fraqat_compiler.targets.htp.unit_probe import QDQ
@@ -53,7 +55,9 @@ class HtpTarget(Target):
 
     Options: `soc` is a part (sm8750), a marketing name or a phone ("Galaxy S25 Ultra"); `vtcm_mb` limits the memory the
     graph may plan with (0: the SoC's own); `performance_mode` is QNN's; `optimization` is the effort of the compiler, 1
-    to 3.
+    to 3; `io` says whether the graph takes and gives floats, or the 8- or 16-bit codes of its quantizers (`run` takes
+    and gives floats all the same); `spill_fill` lets graphs of one application share the memory that what does not fit
+    the VTCM is spilled to.
     """
 
     name: ClassVar[str] = "htp"
@@ -61,6 +65,8 @@ class HtpTarget(Target):
     vtcm_mb: int = 0
     performance_mode: Literal["burst", "balanced", "high_performance", "power_saver", "default"] = "burst"
     optimization: Literal[1, 2, 3] = 3
+    io: Literal["float", "quantized"] = "float"
+    spill_fill: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.vtcm_mb <= self.chip.vtcm_mb:  # the library would plan with more than there is
@@ -114,7 +120,7 @@ class HtpTarget(Target):
 
     def prepare_pipeline(self) -> str:
         """Shapes are simplified last: what the passes before them write out has some too."""
-        text = super().prepare_pipeline().replace("decompose-attention", "fuse-rms-norm,fuse-gelu,decompose-attention")
+        text = super().prepare_pipeline().replace("decompose-attention", "divide-by-roots,fuse-rms-norm,fuse-gelu,decompose-attention")
         return f"{text},decompose-pad,convolve-average-pools,weigh-norms,reduce-rank,simplify-shapes"
 
     def lower_pipeline(self) -> str:
@@ -149,7 +155,10 @@ class HtpTarget(Target):
         _refuse_dynamic_shapes(model)
         scratch = Path(tempfile.mkdtemp(prefix=".htp-", dir=output))
         try:
-            self._compile(model, scratch, output / LOG_FILE)
+            given = read_model(model)
+            codes = strip_boundary(given, model.parent) if self.io == "quantized" else {}
+            self._compile(model, given.SerializeToString() if codes else None, scratch, output / LOG_FILE)
+            note(scratch / CONTEXT_FILE, codes, weight_bytes(given))
             facts = self._proven(scratch / BINARY_FILE)
             for name in (BINARY_FILE, CONTEXT_FILE):
                 (scratch / name).replace(output / name)
@@ -157,14 +166,14 @@ class HtpTarget(Target):
             shutil.rmtree(scratch, ignore_errors=True)
         return self._artifact(output, facts)
 
-    def _compile(self, model: Path, scratch: Path, log: Path) -> None:
+    def _compile(self, model: Path, content: bytes | None, scratch: Path, log: Path) -> None:
         config = NO_FALLBACK | {
             "ep.context_enable": "1",
-            "ep.context_file_path": str(scratch / CONTEXT_FILE),
+            "ep.context_file_path": str((scratch / CONTEXT_FILE).resolve()),
             "ep.context_embed_mode": "0",
         }
         try:
-            QnnProcess().load(model, self.provider_options(), config)
+            QnnProcess().load(model, self.provider_options(), config, content=content)
         except QnnError as error:
             if "context cache file" in str(error):  # the library's name for the binary
                 raise OutputError(f"{BINARY_FILE} cannot be written.", "Free disk space.") from error
@@ -175,8 +184,9 @@ class HtpTarget(Target):
     def run(self, artifact: Artifact, inputs: Arrays) -> Arrays:
         self._require()
         process = self._loaded(artifact)
+        codes = read_context(artifact.path).codes
         try:
-            return process.run(inputs)
+            return dequantized(process.run(quantized(inputs, codes)), codes)
         except QnnError as error:
             _kept.cache_clear()
             raise _does_not_run(artifact, error) from error
@@ -202,7 +212,7 @@ class HtpTarget(Target):
             options = self.provider_options() | {"profiling_level": "detailed", "profiling_file_path": str(path)}
             process = QnnProcess()
             process.load(artifact.path, options, NO_FALLBACK)
-            process.run(inputs)
+            process.run(quantized(inputs, read_context(artifact.path).codes))
             process.unload()
             ops = read_profile(path)
         return Profile(source="simulator", ops=ops, unit="cycles", notes=NOTES)
@@ -240,7 +250,8 @@ class HtpTarget(Target):
             "htp_graph_finalization_optimization_mode": str(self.optimization),
             "offload_graph_io_quantization": "0",
         }
-        return options | ({"vtcm_mb": str(self.vtcm_mb)} if self.vtcm_mb else {})
+        vtcm = {"vtcm_mb": str(self.vtcm_mb)} if self.vtcm_mb else {}
+        return options | vtcm | ({"enable_htp_spill_fill_buffer": "1"} if self.spill_fill else {})
 
     def _proven(self, binary: Path) -> BinaryFacts:
         """Facts of the binary, which must be for this target's SoC.
@@ -258,8 +269,16 @@ class HtpTarget(Target):
         return facts
 
     def _artifact(self, folder: Path, facts: BinaryFacts) -> Artifact:
-        details = {"fallback_nodes": 0, **dataclasses.asdict(facts)}
         files = (folder / CONTEXT_FILE, folder / BINARY_FILE)
+        context = read_context(files[0])
+        details = {
+            "fallback_nodes": 0,
+            **dataclasses.asdict(facts),
+            "quantized_io": sorted(context.codes),
+            "weight_bytes": context.weight_bytes,
+            "binary_bytes_per_weight_byte": round(files[1].stat().st_size / max(context.weight_bytes, 1), 3),
+            "spill_fill_bytes": context.spill_fill_bytes,
+        }
         return Artifact(path=files[0], files=files, target_text=to_text(self), details=details)
 
 

@@ -6,6 +6,7 @@ to us. Commands and answers are pairs over two pipes; the process's stdout and s
 
 from __future__ import annotations
 
+import os
 import sys
 from multiprocessing.connection import Connection
 from typing import Any
@@ -14,6 +15,7 @@ import onnxruntime as ort
 import onnxruntime_qnn
 
 PROVIDER = "QNNExecutionProvider"
+WEIGHTS_HERE = {"session.model_external_initializers_file_folder_path": "."}  # of a model that is given by content
 
 
 class Worker:
@@ -24,12 +26,22 @@ class Worker:
         self._device = next(device for device in ort.get_ep_devices() if device.ep_name == PROVIDER)
         self._session: ort.InferenceSession | None = None
 
-    def load(self, model: str, provider: dict[str, str], config: dict[str, str], severity: int) -> list[str]:
-        """Open a session, which compiles the model when it is no context binary. Returns the output names."""
+    def load(
+        self, folder: str, model: str | bytes, provider: dict[str, str], config: dict[str, str], severity: int
+    ) -> list[str]:
+        """Open a session, which compiles the model when it is no context binary. Returns the output names.
+
+        Args:
+            folder: the model lies in it, or its weights do.
+            model: name of its file, or its content.
+            provider, config: options of the provider and of the session.
+            severity: of the log.
+        """
+        os.chdir(folder)  # the library puts the path it is given into the binary: in there every path is alike
         ort.set_default_logger_severity(severity)
         options = ort.SessionOptions()
         options.log_severity_level = severity
-        for key, value in config.items():
+        for key, value in (WEIGHTS_HERE | config).items():
             options.add_session_config_entry(key, value)
         backend = {"backend_path": onnxruntime_qnn.get_qnn_htp_path()}
         options.add_provider_for_devices([self._device], backend | provider)
