@@ -30,6 +30,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "fold-batch-norm": "fraqat_compiler.passes.fold_batch_norm:FoldBatchNorm",
         "reduce-rank": "fraqat_compiler.passes.reduce_rank:ReduceRank",
         "simplify-shapes": "fraqat_compiler.passes.simplify_shapes:SimplifyShapes",
+        "divide-by-roots": "fraqat_compiler.passes.divide_by_roots:DivideByRoots",
         "fuse-rms-norm": "fraqat_compiler.passes.fuse_rms_norm:FuseRmsNorm",
         "fuse-gelu": "fraqat_compiler.passes.fuse_gelu:FuseGelu",
         "decompose-attention": "fraqat_compiler.passes.decompose_attention:DecomposeAttention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,31 @@ class WrittenOut(nn.Module):
         return x if self.weight is None else self.weight * x
 
 
+NORMS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+    lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6) ** 0.5,
+    lambda x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / 16 + 1e-6),
+    lambda x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) * (1 / 16) + 1e-6),
+    lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)),
+    lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + torch.tensor(1e-6)),
+]
+OTHERS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) / x,
+    lambda x: x / torch.sqrt(x.pow(3).abs().mean(-1, keepdim=True) + 1e-6),
+    lambda x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / 8 + 1e-6),
+    lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + x),
+]
+
+
+class Applied(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class OtherAxis(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)
@@ -44,7 +70,7 @@ class OtherFactor(nn.Module):
 
 
 def _fused(model: nn.Module, x: Tensor) -> tuple[GraphModule, bool]:
-    graph = PassManager.from_text("remove-no-ops").run(capture(model, (x,))).model
+    graph = PassManager.from_text("remove-no-ops,fold-constants").run(capture(model, (x,))).model
     expected = graph(x)
     result = FuseRmsNorm().run(graph, PassContext())
     torch.testing.assert_close(result.model(x), expected)
@@ -69,6 +95,18 @@ def test_rows_along_several_dimensions_become_one() -> None:
     assert modified
     assert _names(graph) == ["aten.reshape", "aten.rms_norm", "aten.reshape"]
     assert not FuseRmsNorm().run(graph, PassContext()).modified
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_it_is_known_in_other_words(norm: Callable[[Tensor], Tensor]) -> None:
+    graph, modified = _fused(Applied(norm), torch.randn(1, 4, 16))
+    assert modified
+    assert _names(graph) == ["aten.rms_norm"]
+
+
+@pytest.mark.parametrize("function", OTHERS)
+def test_other_roots_are_left_alone(function: Callable[[Tensor], Tensor]) -> None:
+    assert not _fused(Applied(function), torch.rand(1, 4, 16))[1]
 
 
 def test_a_product_with_no_weight_keeps_it() -> None:
