@@ -81,8 +81,7 @@ def _meant(mean: Any) -> Node | None:
         return None
     if op_name(mean) in ("aten.div", "aten.mul") and isinstance(mean.args[0], Node):
         total, count = mean.args
-        is_sum = isinstance(total, Node) and op_name(total) == "aten.sum" and isinstance(count, (int, float))
-        if not is_sum:
+        if not isinstance(total, Node) or op_name(total) != "aten.sum" or not isinstance(count, (int, float)):
             return None
         divisor = count if op_name(mean) == "aten.div" else 1 / count
         x = _reduced(total)

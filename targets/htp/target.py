@@ -120,7 +120,8 @@ class HtpTarget(Target):
 
     def prepare_pipeline(self) -> str:
         """Shapes are simplified last: what the passes before them write out has some too."""
-        text = super().prepare_pipeline().replace("decompose-attention", "divide-by-roots,fuse-rms-norm,fuse-gelu,decompose-attention")
+        fusions = "divide-by-roots,fuse-rms-norm,fuse-gelu"
+        text = super().prepare_pipeline().replace("decompose-attention", f"{fusions},decompose-attention")
         return f"{text},decompose-pad,convolve-average-pools,weigh-norms,reduce-rank,simplify-shapes"
 
     def lower_pipeline(self) -> str:
