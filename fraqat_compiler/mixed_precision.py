@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,7 +164,7 @@ class Plan:
         if not free:
             raise UsageError("--weights auto finds no layer that may choose its width.", _ways_to_choose(self.layers))
         for width in self.auto.widths:
-            if not any(layer.width(width) == width for layer in free):
+            if not any(math.isclose(layer.width(width), width) for layer in free):
                 raise UsageError(
                     f"the target gives no layer {width:g} bits: of {free[0].name or 'the model'} it makes "
                     f"{free[0].width(width):g}.",

@@ -80,6 +80,7 @@ def _of_tensor(weight: Tensor, diagonal: Tensor, by_width: Mapping[float, Weight
     return {width: known[quantizer.spec] for width, quantizer in by_width.items()}
 
 
+@torch.enable_grad()
 def gauss_newton_diagonal(
     graph: GraphModule,
     batches: Sequence[Batch],

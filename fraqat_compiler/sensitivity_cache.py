@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -32,7 +33,7 @@ def measured(
     seed: int,
     on_batch: Callable[[int], None],
 ) -> Sensitivities:
-    """`sensitivity.measure`, or what an equal measurement left in the file `path`.
+    """`sensitivity.measure`, or what an equal measurement left in the file `path`: then all batches are done at once.
 
     Raises:
         DataError: as that.
@@ -40,6 +41,7 @@ def measured(
     key = identity(graph, batches, candidates, loss, seed)
     known = load(path, key)
     if known is not None:
+        on_batch(len(batches))
         return known
     found = measure(graph, batches, candidates, loss, seed, on_batch)
     save(path, key, found)
@@ -56,7 +58,9 @@ def identity(graph: GraphModule, batches: Sequence[Batch], candidates: Candidate
     digest.update(json.dumps(configs, sort_keys=True).encode())
     names = sorted({str(node.target) for node in graph.graph.nodes if node.op == "get_attr"})
     leaves = [(name, fx_graph.get_tensor(graph, name)) for name in names]
-    leaves += [(str(path), leaf) for batch in batches for path, leaf in pytree.tree_flatten_with_path(batch)[0]]
+    for batch in batches:
+        known = dict(batch) if isinstance(batch, Mapping) else batch  # any mapping, not only those that pytree knows
+        leaves += [(str(path), leaf) for path, leaf in pytree.tree_flatten_with_path(known)[0]]
     for name, leaf in leaves:
         digest.update(name.encode())
         _update(digest, leaf)
@@ -64,6 +68,7 @@ def identity(graph: GraphModule, batches: Sequence[Batch], candidates: Candidate
 
 
 def _update(digest: hashlib._Hash, leaf: Any) -> None:
+    leaf = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
     if not isinstance(leaf, Tensor):
         digest.update(repr(leaf).encode())
         return

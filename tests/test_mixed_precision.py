@@ -77,7 +77,7 @@ def _widths(student: nn.Module) -> dict[str, float]:
 
 
 class Heard(Progress):
-    """Which phases ran, with their steps."""
+    """Which phases ran, and how often each spoke up: once when all of it was known."""
 
     def __init__(self) -> None:
         self.steps: dict[str, int] = {}
@@ -87,10 +87,10 @@ class Heard(Progress):
         self.steps[phase] = 0
 
     def update(self, done: int, detail: str = "") -> None:
-        self.steps[self.current] = done
+        self.steps[self.current] += 1
 
 
-@pytest.mark.parametrize("mean", [4.0, 4.3, 5.0, 6.7, 8.0])
+@pytest.mark.parametrize("mean", [4.0, 5.3, 8.0])
 def test_every_layer_gets_the_width_that_the_report_names(tmp_path: Path, mean: float) -> None:
     result = simulate(_job(), output=tmp_path, weights=f"auto{{mean-bits={mean}}}", steps=0)
     assigned = result.report["assignment"]
@@ -199,7 +199,7 @@ def test_a_resumed_run_has_the_same_widths_and_measures_nothing_again(tmp_path: 
     first, second = Heard(), Heard()
     one = simulate(_job(), output=tmp_path, progress=first, **options)
     two = simulate(_job(), output=tmp_path, progress=second, resume=True, **options)
-    assert (first.steps["sensitivity"], second.steps["sensitivity"]) == (4, 0)
+    assert (first.steps["sensitivity"], second.steps["sensitivity"]) == (4, 1)
     assert one.report == two.report
 
 
@@ -210,7 +210,7 @@ def test_another_model_or_choice_is_measured_anew(tmp_path: Path) -> None:
         return heard.steps["sensitivity"]
 
     assert ran(_job(), "auto{mean-bits=5}") == 4
-    assert ran(_job(), "auto{mean-bits=6}") == 0  # another budget chooses from the same measurement
+    assert ran(_job(), "auto{mean-bits=6}") == 1  # another budget chooses from the same measurement
     assert ran(_job(), "auto{mean-bits=5 widths=4,5,8}") == 4
     assert ran(_job(seed=1), "auto{mean-bits=5 widths=4,5,8}") == 4
     assert (tmp_path / SENSITIVITY_FILE).is_file()

@@ -1,4 +1,4 @@
-"""tools/rank_sensitivities.py on a small job: a row for each measure, the product's near the truth, chance the worst."""
+"""tools/rank_sensitivities.py on a small job: a row for each measure, the product's near the truth."""
 
 from __future__ import annotations
 
