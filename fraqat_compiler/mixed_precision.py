@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -251,11 +251,25 @@ def _weights_by_module(graphs: Mapping[float, GraphModule]) -> dict[str, dict[st
     for width, graph in graphs.items():
         for module, name, quantizer in _owned_weights(graph):
             found.setdefault(module, {}).setdefault(name, {})[width] = quantizer
+    _refuse_floats(found, graphs)
     first = next(iter(graphs.values()))
     return {
         module: {name: Weight(fx_graph.get_tensor(first, name).numel(), by_width) for name, by_width in tensors.items()}
         for module, tensors in found.items()
     }
+
+
+def _refuse_floats(
+    found: Mapping[str, Mapping[str, Mapping[float, WeightFakeQuantize]]], widths: Collection[float]
+) -> None:
+    """Refuse a width at which the target leaves a weight in float that it quantizes at another."""
+    for module, tensors in found.items():
+        floats = [width for by_width in tensors.values() for width in widths if width not in by_width]
+        if floats:
+            raise UsageError(
+                f"the target leaves {module or 'the model'} in float when it is asked for {floats[0]:g} bits.",
+                "Leave that width out of --weights auto, or pin the layer by name.",
+            )
 
 
 def _owned_weights(graph: GraphModule) -> Iterator[tuple[str, str, WeightFakeQuantize]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Iterator
@@ -13,16 +14,26 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
 import fraqat_compiler
 from fraqat_compiler import Job, simulate, terminal
+from fraqat_compiler.auto_widths import parse_auto
+from fraqat_compiler.capture import capture
 from fraqat_compiler.errors import UsageError
+from fraqat_compiler.fx_graph import shared_copy
 from fraqat_compiler.layers import weight_quantizers
+from fraqat_compiler.mixed_precision import make_plan
 from fraqat_compiler.output_folder import SENSITIVITY_FILE
+from fraqat_compiler.pass_base import PassContext
+from fraqat_compiler.passes.insert_fake_quant import InsertFakeQuant
 from fraqat_compiler.precheck import check
 from fraqat_compiler.progress import Progress
+from fraqat_compiler.quant_spec import QuantSpec, Unquantized
 from fraqat_compiler.replay import verify_folder
+from fraqat_compiler.target import TensorRequest
+from fraqat_compiler.targets.onnxruntime import OnnxRuntimeTarget
 
 
 class Mixer(nn.Module):
@@ -214,6 +225,36 @@ def test_another_model_or_choice_is_measured_anew(tmp_path: Path) -> None:
     assert ran(_job(), "auto{mean-bits=5 widths=4,5,8}") == 4
     assert ran(_job(seed=1), "auto{mean-bits=5 widths=4,5,8}") == 4
     assert (tmp_path / SENSITIVITY_FILE).is_file()
+
+
+class Picky(OnnxRuntimeTarget):
+    """Knows no 3-bit weights, and makes 8 bits of 6."""
+
+    def quant_spec(self, request: TensorRequest) -> QuantSpec | Unquantized:
+        if request.role == "weight" and request.bit_width == 3:
+            return Unquantized("no kernel")
+        width = 8.0 if request.bit_width == 6 else request.bit_width
+        return super().quant_spec(dataclasses.replace(request, bit_width=width))
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ("3,8", "leaves 0 in float when it is asked for 3 bits.*Leave that width out"),
+        ("4,6,8", "gives no layer 6 bits: of 0 it makes 8"),
+    ],
+)
+def test_widths_that_the_target_does_not_know_are_refused(widths: str, message: str) -> None:
+    graph = capture(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), (torch.randn(2, 8),), {})
+    request = parse_auto(f"auto{{mean-bits=6 widths={widths}}}")
+    assert request is not None
+
+    def insert(weights: str) -> GraphModule:
+        made: GraphModule = InsertFakeQuant(weights=weights).run(shared_copy(graph), PassContext(Picky())).model
+        return made
+
+    with pytest.raises(UsageError, match=message):
+        make_plan(request, "", insert)
 
 
 @pytest.mark.parametrize(
