@@ -419,7 +419,7 @@ def mask(path: Path, least: float) -> Path:
         (root, (0.02, 0.1), 10 / 65535, "Sqrt then Reciprocal"),
         (tanh, (-2.8, 2.8), 2 / 65535, "Tanh at 16 bits"),
         (softmax, (-1, 1), 0.0095 / 255, "Softmax at 8 bits"),
-        (logarithm, (0.1, 10), 3 / 255, "leaves its range"),
+        (logarithm, (0.1, 10), 3 / 255, "range of its result is narrow"),
         (resize, (-3, 3), 6 / 255, "nearest-neighbour"),
         (pool, (-3, 3), 2 / 255, "AveragePool"),
     ],

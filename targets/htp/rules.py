@@ -16,6 +16,7 @@ from onnx import shape_inference
 
 from fraqat_compiler import lazy_values, onnx_io, qdq
 from fraqat_compiler.passes.convolve_average_pools import is_split
+from fraqat_compiler.passes.span_logarithms import spanning
 from fraqat_compiler.target import Finding
 from fraqat_compiler.targets.model_file import read_model
 
@@ -97,8 +98,8 @@ def _flat_softmax(node: gs.Node) -> bool:
     return is_narrow and float(lazy_values.values_of(quantizers[0].inputs[1])) * 255 < FLAT_SOFTMAX
 
 
-def _wide_logarithm(node: gs.Node) -> bool:
-    return node.op == "Log" and _reads_16_bits(node)
+def _narrow_logarithm(node: gs.Node) -> bool:
+    return node.op == "Log" and spanning(node) is not None
 
 
 def _reads_16_bits(node: gs.Node) -> bool:
@@ -184,7 +185,11 @@ _RULES = (
         "Softmax at 8 bits is too large where no probability comes near 1",
         "Quantize its result, or what it reads, at 16 bits.",
     ),
-    _Rule(_wide_logarithm, "Log at 16 bits is garbage where a result leaves its range", "Use 8 bits there."),
+    _Rule(
+        _narrow_logarithm,
+        "Log at 16 bits is garbage where the range of its result is narrow",
+        "Widen that range (pass span-logarithms), or use 8 bits there.",
+    ),
     _Rule(
         _nearest_resize,
         "these modes of nearest-neighbour Resize pick other neighbours",
