@@ -31,6 +31,13 @@ from fraqat_compiler.report import (
 )
 
 PARITY = {"max_lsb": 0.5, "mean_lsb": 0.01, "max_abs": 0.002, "cosine": 0.99999, "slope": 1.0, "samples": 4}
+ARM = {"mean_bits": 4.9, "bytes": 1000, "predicted_loss": 0.01, "measured_loss": 0.02}
+ASSIGNED = [
+    {"name": "blocks.0.up", "parameters": 1200, "losses": {"4": 0.01, "8": 1e-5}, "share": 0.2, "bits": 4.0}
+    | {"reason": "lowest: 20 % of the loss"},
+    {"name": "head<1>", "parameters": 300, "losses": {"4": 0.04, "8": 4e-5}, "share": 0.8, "bits": 8.0}
+    | {"reason": "raised: 80 % of the loss"},
+]
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 
 
@@ -46,6 +53,9 @@ def report() -> dict[str, Any]:
         "schema_version": 1,
         "model": {"name": "tiny", "parameters": 2000, "quantized_parameters": 1500},
         "layers": [layer("blocks.0.up"), layer("head", status="float", reason="left out by <skip>", weight_bits=None)],
+        "assignment": {"measure": "mse", "budget": "mean-bits=5", "weights": "4,head=8", "layers": ASSIGNED}
+        | {"uniform": [ARM | {"bits": 4, "mean_bits": 4.0}, ARM | {"bits": 8, "mean_bits": 8.0}]}
+        | ARM,
         "schedule": [{"bits": 8, "steps": 10, "loss": 0.1}, {"bits": 4.25, "steps": 30, "loss": 0.0}],
         "metrics": {"float": {"accuracy": 0.98}, "quantized": {"accuracy": 0.97, "new": 1}},
         "passes": [
@@ -68,7 +78,7 @@ def report() -> dict[str, Any]:
 
 def minimal(report: dict[str, Any]) -> dict[str, Any]:
     """The required keys alone, as another program may write them."""
-    short = {key: value for key, value in report.items() if key not in ("phases", "warnings", "pipeline")}
+    short = {key: value for key, value in report.items() if key not in ("phases", "warnings", "pipeline", "assignment")}
     short["profile"] = {"source": "host", "latency_ms": 1.5, "peak_memory_bytes": 1000}
     short["schedule"], short["metrics"] = [], {"float": {}, "quantized": {}}
     short["parity"] = {stage: dict.fromkeys(("max_lsb", "max_abs", "cosine"), 0.0) for stage in report["parity"]}
@@ -158,6 +168,13 @@ def test_the_page_shows_every_figure(report: dict[str, Any]) -> None:
     ]
     shown += ["not known to a simulator", "not a phone's time", "0.98", "and 1 more in report.json", "500.00 MB"]
     assert [figure for figure in shown if figure not in text] == []
+
+
+def test_the_page_shows_why_each_layer_has_its_width_the_weightiest_first(report: dict[str, Any]) -> None:
+    text = Page(render(report, {})).text
+    texts = ["within mean-bits=5: 4.900 bits a weight, 1.00 kB", "all at 4", "assigned", "all at 8", "head<1>", "4e-05"]
+    places = [text.find(words) for words in (*texts, "raised: 80 %", "blocks.0.up", "lowest: 20 % of the loss")]
+    assert -1 not in places and places == sorted(places)
 
 
 def test_the_page_of_a_minimal_report(report: dict[str, Any]) -> None:
