@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fraqat_compiler.answers import Answer, answering
+from fraqat_compiler.default_recipe import AUTO
 from fraqat_compiler.quant_spec import RangeMethod
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ Schedule = Annotated[
 Steps = Annotated[int | None, typer.Option(min=0, help="Steps of the fine-tune; 0 is post-training quantization.")]
 Epochs = Annotated[float | None, typer.Option(help="The same in passes over the training data.", rich_help_panel=_TUNE)]
 Loss = Annotated[
-    str, typer.Option(metavar="TEXT", help="Loss: mse, kl, features{at=...}, task, with commas.", rich_help_panel=_TUNE)
+    str,
+    typer.Option(
+        metavar="TEXT", help="Loss: mse, kl, features{at=...}, task, with commas; or auto.", rich_help_panel=_TUNE
+    ),
 ]
 Train = Annotated[
     str,
@@ -81,7 +85,10 @@ Train = Annotated[
     ),
 ]
 RecipeText = Annotated[
-    str, typer.Option("--recipe", metavar="TEXT", help="Ingredients: adamw{...},ema,lsq,...", rich_help_panel=_TUNE)
+    str,
+    typer.Option(
+        "--recipe", metavar="TEXT", help="Ingredients: adamw{...},ema,lsq,...; or auto.", rich_help_panel=_TUNE
+    ),
 ]
 TargetText = Annotated[str, typer.Option("--target", metavar="TEXT", help="Target, as in htp{soc=sm8750}.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
@@ -115,9 +122,9 @@ def compile_job(
     schedule: Schedule = "fraqat",
     steps: Steps = None,
     epochs: Epochs = None,
-    loss: Loss = "mse",
+    loss: Loss = AUTO,
     train: Train = "all",
-    recipe: RecipeText = "",
+    recipe: RecipeText = AUTO,
     target: TargetText = "onnxruntime",
     seed: Seed = 0,
     resume: Resume = False,
@@ -188,9 +195,9 @@ def simulate_job(
     schedule: Schedule = "fraqat",
     steps: Steps = None,
     epochs: Epochs = None,
-    loss: Loss = "mse",
+    loss: Loss = AUTO,
     train: Train = "all",
-    recipe: RecipeText = "",
+    recipe: RecipeText = AUTO,
     target: TargetText = "onnxruntime",
     seed: Seed = 0,
     resume: Resume = False,

@@ -9,6 +9,7 @@ from typing import Any
 
 from fraqat_compiler.auto_widths import asked_widths
 from fraqat_compiler.capture import Tracer
+from fraqat_compiler.default_recipe import AUTO, loss_of, recipe_of
 from fraqat_compiler.errors import UsageError
 from fraqat_compiler.losses import parse_losses
 from fraqat_compiler.quant_spec import MAX_EXPORTED_BIT_WIDTH, RangeMethod
@@ -28,9 +29,10 @@ class CompileOptions:
         steps: optimizer steps of the fine-tune; 0 is post-training quantization; None is 400 where the job has
             training data, else 0.
         epochs: the same in passes over the training data, instead of `steps`.
-        loss: what the student is told to do, terms with commas (`mse`, `kl{temperature=2},task{weight=0.5}`).
+        loss: what the student is told to do: terms with commas (`mse`, `kl{temperature=2},task{weight=0.5}`) or `auto`.
         train: which parameters are trained: `all`, or groups (`ff`, `attn`, `blocks`) and module patterns with commas.
-        recipe: optimizer, stabilizers, learned ranges and more, with commas (`ema,freeze-oscillations,lsq`).
+        recipe: optimizer, stabilizers, learned ranges and more, with commas (`ema,freeze-oscillations,lsq`); may be
+            empty, or `auto`.
         target: target text.
         seed: of every random choice.
         strict: an op that stays in float unexpectedly is an error.
@@ -49,9 +51,9 @@ class CompileOptions:
     schedule: str = "fraqat"
     steps: int | None = None
     epochs: float | None = None
-    loss: str = "mse"
+    loss: str = AUTO
     train: str = "all"
-    recipe: str = ""
+    recipe: str = AUTO
     target: str = "onnxruntime"
     seed: int = 0
     strict: bool = False
@@ -80,7 +82,13 @@ def make_options(options: dict[str, Any], *, exported: bool) -> CompileOptions:
     if unknown:
         raise UsageError(f"unknown option {unknown[0]!r}.", f"Known: {', '.join(sorted(known))}.")
     settings = CompileOptions(**options)
-    settings = dataclasses.replace(settings, weights=str(settings.weights), activations=str(settings.activations))
+    settings = dataclasses.replace(
+        settings,
+        weights=str(settings.weights),
+        activations=str(settings.activations),
+        loss=loss_of(settings.loss),
+        recipe=recipe_of(settings.recipe, steps=settings.steps),
+    )
     if exported:
         _refuse_unexportable(settings)
     _refuse_unusable(settings)

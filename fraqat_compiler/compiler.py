@@ -22,8 +22,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fraqat_compiler import layerwise, onnx_io, parity, survival
-from fraqat_compiler.calibration import Batch, run_batch
 from fraqat_compiler.auto_widths import parse_size
+from fraqat_compiler.calibration import Batch, run_batch
 from fraqat_compiler.compile_options import CompileOptions, make_options
 from fraqat_compiler.errors import TargetError
 from fraqat_compiler.fake_quant import WeightFakeQuantize
@@ -61,11 +61,13 @@ class CompileResult:
         output: the folder.
         report: the content of report.json.
         artifact: what the target made.
+        student: the fake-quantized graph that the file was made of, called like the model.
     """
 
     output: Path
     report: dict[str, Any]
     artifact: Artifact
+    student: GraphModule
 
 
 def compile(  # noqa: A001 - the product's verb; called as fraqat_compiler.compile
@@ -124,7 +126,7 @@ class _Compilation(Tuning):
         file_metrics, images = self._evaluate(teacher, graph, model_path, artifact)
         metrics = {"float": float_metrics, "quantized": file_metrics}
         report = self._report(student, graph, model_path, artifact, profile, stages, history, metrics)
-        return self._finish(report, artifact, images)
+        return self._finish(report, artifact, images, student)
 
     # Phases
 
@@ -296,7 +298,9 @@ class _Compilation(Tuning):
                 f"graph around them takes {format_bytes(summary['structure_bytes'])}. Ask for that much less."
             )
 
-    def _finish(self, report: dict[str, Any], artifact: Artifact, images: dict[str, Any]) -> CompileResult:
+    def _finish(
+        self, report: dict[str, Any], artifact: Artifact, images: dict[str, Any], student: GraphModule
+    ) -> CompileResult:
         staging = self.folder.staging
         (staging / PIPELINE_FILE).write_text(",".join(self.pipelines) + "\n")
         write_report(report, staging, images=images)
@@ -304,7 +308,7 @@ class _Compilation(Tuning):
         final = self.folder.commit()
         moved = {file: final / file.relative_to(staging) for file in artifact.files}
         placed = dataclasses.replace(artifact, path=moved[artifact.path], files=tuple(moved.values()))
-        return CompileResult(output=final, report=report, artifact=placed)
+        return CompileResult(output=final, report=report, artifact=placed, student=student)
 
 
 def refuse(findings: list[Finding], target: Target) -> None:

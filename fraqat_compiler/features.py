@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from fraqat_compiler.errors import UsageError
 from fraqat_compiler.fake_quant import ActivationFakeQuantize
+from fraqat_compiler.losses import BLOCKS
 from fraqat_compiler.ops import is_float_tensor, module_path
 from fraqat_compiler.widths import require_match
 
@@ -88,16 +89,24 @@ def tapped(graph: GraphModule, modules: list[str]) -> Iterator[dict[str, Tap]]:
 def modules_at(graph: GraphModule, patterns: str) -> list[str]:
     """Modules that compute a float tensor and match one of the patterns (joined by commas), the outermost ones.
 
+    Instead of patterns, `blocks`: the outermost members of lists of modules, whose names end with a number; maybe none.
+
     Raises:
         UsageError: a pattern that matches none.
     """
     paths = dict.fromkeys(module_path(node) for node in graph.graph.nodes if _computes(graph, node))
     known = dict.fromkeys(name for path in paths if path for name in _with_owners(path))
+    if patterns == BLOCKS:
+        return _outermost(name for name in known if name.rpartition(".")[2].isdigit())
     wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
     for pattern in wanted:
         require_match(pattern, known)
-    matching = {name for name in known if any(fnmatchcase(name, pattern) for pattern in wanted)}
-    return [name for name in known if name in matching and not matching & {*_with_owners(name)[:-1]}]
+    return _outermost(name for name in known if any(fnmatchcase(name, pattern) for pattern in wanted))
+
+
+def _outermost(modules: Iterable[str]) -> list[str]:
+    matching = dict.fromkeys(modules)
+    return [name for name in matching if not matching.keys() & {*_with_owners(name)[:-1]}]
 
 
 def _with_owners(path: str) -> list[str]:

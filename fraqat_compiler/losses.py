@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fraqat_compiler import pipeline_text
 from fraqat_compiler.errors import TrainingError, UsageError
 
+BLOCKS = "blocks"  # place of `features`: wherever a list of modules repeats
 TaskFunction = Callable[[Any, Any], Tensor]
 
 
@@ -107,14 +108,18 @@ class Features(Loss):
 
     Hidden layers of the student are held to the teacher's (FitNets, Romero et al. 2015, arXiv 1412.6550); both have
     one architecture, so no regressor stands between. Options: `at`, patterns over the user's module names joined by
-    commas (of nested modules that match the outermost counts); `weight`.
+    commas (of nested modules that match the outermost counts), or `blocks`, the members of its lists of modules;
+    `weight`.
     """
 
     name: ClassVar[str] = "features"
-    at: str = "*"
+    at: str = BLOCKS
 
     def __call__(self, seen: Seen) -> Tensor:
-        return torch.stack([relative_error(mine, theirs) for mine, theirs in seen.features[self.at]]).mean()
+        pairs = seen.features[self.at]
+        if not pairs:  # a model without lists of modules has no blocks
+            return torch.zeros(())
+        return torch.stack([relative_error(mine, theirs) for mine, theirs in pairs]).mean()
 
 
 @dataclass(frozen=True)

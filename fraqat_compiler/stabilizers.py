@@ -19,6 +19,8 @@ from fraqat_compiler import quantizer
 from fraqat_compiler.errors import UsageError
 from fraqat_compiler.fake_quant import WeightFakeQuantize
 
+EVEN_SPAN = 0.5  # mean age of an average in which all steps weigh the same
+
 
 class QuantizedWeight(NamedTuple):
     """A trained weight and its quantizer."""
@@ -229,18 +231,30 @@ class _Dampening(Acting):
 
 @dataclass(frozen=True)
 class Ema(Stabilizer):
-    """End with an exponential moving average of the parameters (Polyak and Juditsky 1992) over the last stage.
+    """End with a moving average of the parameters (Polyak and Juditsky 1992) over the last stage.
 
-    The decay of step t is min(decay, (1 + t) / (10 + t)), so that the average forgets where the stage began. Option:
-    `decay`.
+    Without `decay` the weight of step t of the stage's T grows as t^g, which needs no tuning to T: the average is
+    m_t = b m_(t-1) + (1 - b) x_t with b = (1 - 1/t)^(g + 1) (Karras et al. 2024, arXiv 2312.02696, Eq. 1 and 2), whose
+    mean age is T / (g + 2). With `decay` it is exponential; that of step t is min(decay, (1 + t) / (10 + t)), so that
+    the average forgets where the stage began. Options: `span`, the mean age as a share of the stage; `decay`.
     """
 
     name: ClassVar[str] = "ema"
-    decay: float = 0.999
+    span: float = 0.15
+    decay: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.decay < 1:
+        if self.decay is not None and not 0 < self.decay < 1:
             raise UsageError(f"{self.name} cannot run with decay={self.decay:g}.", "It is between 0 and 1.")
+        if not 0 < self.span <= EVEN_SPAN:
+            raise UsageError(f"{self.name} cannot run with span={self.span:g}.", f"It is above 0, {EVEN_SPAN} at most.")
+
+    def kept(self, step: int) -> float:
+        """Share of the average that stays when step `step` of the stage, counted from 1, enters it."""
+        if self.decay is not None:
+            return min(self.decay, (1 + step) / (10 + step))
+        growth = 1 / self.span - 2
+        return float((1 - 1 / step) ** (growth + 1))
 
     def bind(self, subjects: Subjects) -> Acting:
         return _Averaging(subjects, self)
@@ -258,7 +272,7 @@ class _Averaging(Acting):
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         done = int(self.state["steps"].add_(1))
-        share = 1 - min(self.options.decay, (1 + done) / (10 + done))
+        share = 1 - self.options.kept(done)
         for name, parameter in self.subjects.parameters.items():
             self.state[name].lerp_(parameter.detach(), share)
 

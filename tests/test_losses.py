@@ -114,10 +114,23 @@ def test_patterns_find_the_outermost_modules() -> None:
             return self.head(x)
 
     graph = capture(Net(), (torch.randn(3, 4),))
-    assert modules_at(graph, "blocks.*") == ["blocks.0", "blocks.1"]
+    assert modules_at(graph, "blocks.*") == modules_at(graph, "blocks") == ["blocks.0", "blocks.1"]
     assert modules_at(graph, "blocks.1.0, head") == ["blocks.1.0", "head"]
     with pytest.raises(UsageError, match=r"no module of the model matches 'block\.9'"):
         modules_at(graph, "block.9")
+
+
+def test_a_model_without_lists_of_modules_has_no_blocks_to_learn_from() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x)
+
+    assert modules_at(capture(Net(), (torch.randn(3, 4),)), "blocks") == []
+    assert float(Features()(_seen(torch.ones(2), torch.zeros(2), blocks=[]))) == 0
 
 
 def test_two_terms_watch_their_own_modules() -> None:

@@ -122,6 +122,20 @@ def test_ema_is_the_average_of_the_last_stage(tmp_path: Path) -> None:
     torch.testing.assert_close(parameter.detach(), average)
 
 
+def test_ema_without_a_decay_weighs_steps_by_a_power_of_their_number() -> None:
+    """Step t of T weighs (t^(g+1) - (t-1)^(g+1)) / T^(g+1), g = 1 / span - 2; the mean age is about span T."""
+    parameter, span = torch.zeros(200), 0.25
+    acting = Ema(span=span).bind(Subjects([], {"w": parameter}))
+    acting.begin()
+    for step in range(200):
+        parameter.zero_()[step] = 1.0  # what remains in the average is the weight of each step
+        acting.after_step(0.0)
+    acting.finish()
+    steps = torch.arange(1, 201, dtype=torch.float64)
+    torch.testing.assert_close(parameter.double(), (steps**3 - (steps - 1) ** 3) / 200**3, atol=1e-6, rtol=1e-3)
+    assert float(((200 - steps) * parameter).sum()) == pytest.approx(span * 200, rel=0.02)
+
+
 def _flips(folder: Path, stabilizers: tuple[Stabilizer, ...]) -> int:
     """Changes of code that take back the one before, in the last steps of a fine-tune whose rate does not fall."""
     teacher, student = build()
@@ -182,6 +196,8 @@ def test_the_optimizers_state_is_reset_when_a_stage_begins(tmp_path: Path) -> No
     "make",
     [
         lambda: Ema(decay=1.0),
+        lambda: Ema(span=0.0),
+        lambda: Ema(span=0.6),
         lambda: Dampen(strength=0.0),
         lambda: FreezeOscillations(momentum=1.0),
         lambda: FreezeOscillations(start=0.01, end=0.1),

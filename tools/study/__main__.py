@@ -27,7 +27,7 @@ from images import FASHION_FOLDER, MissingDataError, load_cifar10, load_fashion 
 from judge import FeatureNetwork, Judge, draw  # noqa: E402
 from runs import DRAW_SEED, SWEEP_SEED, Bench, RunKey  # noqa: E402
 from study_config import CONFIGS, StudyConfig  # noqa: E402
-from summary import write_summary  # noqa: E402
+from summary import save_samples, write_summary  # noqa: E402
 from teacher import load_or_train  # noqa: E402
 
 SWEEP_SHARE = 4  # the sweep draws a fourth of the images
@@ -65,11 +65,16 @@ def _study(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     bench = prepare(config, options.data, folder)
     seeds = config.seeds[: options.seeds]
-    arms = sorted(options.arms.split(","), key=lambda name: name not in HEADLINE)
+    arms = sorted(options.arms.split(","), key=_headline_first)
+    save_samples(bench.judge.teacher, options.docs, config)
     for precision in options.precisions.split(","):
         for key in runs_of(bench, precision, arms, seeds):
             bench.result(key)
             write_summary(folder, options.docs, config)
+
+
+def _headline_first(arm: str) -> int:
+    return HEADLINE.index(arm) if arm in HEADLINE else len(HEADLINE)
 
 
 def runs_of(bench: Bench, precision: str, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[RunKey]:
@@ -89,10 +94,10 @@ def best_rate(bench: Bench, precision: str, arm: str) -> float:
     rates = bench.config.learning_rates
     if len(rates) == 1:
         return rates[0]
-    errors = {
-        rate: bench.result(RunKey(precision, arm, rate, 0, sweep=True))["metrics"]["paired_error"] for rate in rates
+    distances = {
+        rate: bench.result(RunKey(precision, arm, rate, 0, sweep=True))["metrics"]["frechet_teacher"] for rate in rates
     }
-    return min(errors, key=lambda rate: errors[rate])
+    return min(distances, key=lambda rate: distances[rate])
 
 
 def prepare(config: StudyConfig, data: Path, folder: Path) -> Bench:

@@ -14,7 +14,7 @@ class Arm:
     Attributes:
         name: in the tables.
         says: one line about it.
-        options: of `compile`, over those that all arms share.
+        options: of `compile`, over PLAIN.
         trains: False for post-training quantization, which has no learning rate and no seed.
     """
 
@@ -24,9 +24,17 @@ class Arm:
     trains: bool = True
 
 
+PLAIN = {"schedule": "fraqat", "loss": "mse", "recipe": ""}  # the paper's fine-tune
+_LEARNED = {
+    "loss": "mse,features{at=blocks.*}",
+    "recipe": "lsq,ema{decay=0.95},adamw{cooldown=0.5 warmup=5}",
+    "range_method": "mse",
+}
+
 ARMS = {
     arm.name: arm
     for arm in (
+        Arm("auto", "the product's defaults", {"schedule": "auto", "loss": "auto", "recipe": "auto"}),
         Arm("direct", "straight to the target width (the paper's vQAT)", {"schedule": "direct"}),
         Arm("integer", "8-7-6-5-4", {"schedule": "integer"}),
         Arm("coarse", "16-8-4", {"schedule": "coarse"}),
@@ -40,6 +48,16 @@ ARMS = {
         Arm("fraqat-mse", "fraqat on weight ranges of least squared error", {"weight_range": "mse"}),
         Arm("fraqat-ema", "fraqat, weights averaged over the last stage", {"recipe": "ema"}),
         Arm("fraqat-features", "fraqat, distilled on every block too", {"loss": "mse,features{at=blocks.*}"}),
+        Arm(
+            "learned",
+            "learned ranges, distilled on every block too, long cooldown, averaged weights, direct",
+            {"schedule": "direct"} | _LEARNED,
+        ),
+        Arm(
+            "learned-fractional",
+            "the same on the way 5-4.5-4",
+            {"schedule": "5x2,4.5x2,4x16"} | _LEARNED,
+        ),
         Arm("lsq", "learned ranges of weights and activations, direct", {"schedule": "direct", "recipe": "lsq"}),
         Arm("fraqat-lsq", "fraqat with learned ranges", {"recipe": "lsq"}),
         Arm(
@@ -51,5 +69,5 @@ ARMS = {
         Arm("mse", "ranges of least squared error, no training", {"steps": 0, "weight_range": "mse"}, trains=False),
     )
 }
-HEADLINE = ("direct", "integer", "coarse", "fraqat", "svdqat", "fraqat-mse")
+HEADLINE = ("direct", "auto", "learned", "fraqat", "integer", "coarse", "svdqat-32", "learned-fractional")
 PRECISIONS = {"W4A8": ("4", "8"), "W4A16": ("4", "16"), "W3A8": ("3", "8")}

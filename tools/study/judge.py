@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,17 @@ class Judge:
                 the teacher's images about their mean.
         """
         features = self.features(images)
-        spread = (self.teacher - self.teacher.mean(0)).square().mean()
         return {
             "frechet_teacher": frechet_distance(features, self.teacher_features),
             "frechet_real": frechet_distance(features, self.real_features),
-            "paired_error": float((images - self.teacher).square().mean() / spread),
+            "paired_error": self.paired_error(images),
         }
+
+    def paired_error(self, images: Tensor) -> float:
+        """That of `measure`, which needs no features."""
+        spread = (self.teacher - self.teacher.mean(0)).square().mean()
+        return float((images - self.teacher).square().mean() / spread)
+
+    def first(self, images: int) -> Judge:
+        """The same judge for the first images alone."""
+        return replace(self, teacher=self.teacher[:images])

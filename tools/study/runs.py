@@ -1,4 +1,4 @@
-"""One run: an arm at a precision, a learning rate and a seed, compiled by the product and measured on its ONNX file."""
+"""One run: an arm at a precision, a learning rate and a seed; measured on its ONNX file, for the sweep in torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, PRECISIONS
+from arms import ARMS, PLAIN, PRECISIONS
 from data import Digits, training_batches
 from judge import Judge, Run, draw
 from study_config import StudyConfig
@@ -25,6 +25,7 @@ from fraqat_compiler.progress import RichProgress
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 CALIBRATION_IMAGES = 100  # as the paper's phone build
+AGREEMENT_IMAGES = 128
 DRAW_SEED, SWEEP_SEED = 1_000_000, 2_000_000  # of the noise that is measured on, and of the sweep's: far apart
 
 
@@ -79,34 +80,41 @@ class Bench:
     def _run(self, key: RunKey) -> dict[str, Any]:
         output, start = self.folder / "work" / key.name, time.perf_counter()
         weights, activations = PRECISIONS[key.precision]
-        options: dict[str, Any] = {"steps": self.config.steps, "lr": key.lr} | dict(ARMS[key.arm].options)
-        result = fraqat_compiler.compile(
-            self._job(),
-            output=output,
-            resume=True,
-            progress=RichProgress(),
-            weights=weights,
-            activations=activations,
-            seed=key.seed,
-            **options,
-        )
-        seconds = time.perf_counter() - start
-        metrics = self._measure(key, file_run(result.output / "model.onnx"))
-        report = result.report
+        options: dict[str, Any] = {"steps": self.config.steps, "lr": key.lr} | PLAIN | dict(ARMS[key.arm].options)
+        shared = {"output": output, "resume": True, "progress": RichProgress()}
+        widths = {"weights": weights, "activations": activations, "seed": key.seed}
+        measure = self._swept if key.sweep else self._compiled
+        found = measure(shared | widths | options)
         shutil.rmtree(output)
-        return asdict(key) | {
-            "metrics": metrics,
-            "seconds": seconds,
+        return asdict(key) | found | {"seconds": time.perf_counter() - start, "options": options}
+
+    def _swept(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """A learning rate is chosen in torch, which needs no file."""
+        result = fraqat_compiler.simulate(self._job(), **options)
+        return {"metrics": self.sweep_judge.measure(self._draw(result.student, self.sweep_judge, SWEEP_SEED))}
+
+    def _compiled(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        result = fraqat_compiler.compile(self._job(), **options)
+        images = self._draw(file_run(result.output / "model.onnx"), self.judge, DRAW_SEED)
+        report = result.report
+        return {
+            "metrics": self.judge.measure(images),
+            "agreement": self._agreement(result.student, images),
             "parity": report["parity"]["onnx_unoptimized"],
             "bytes": report["onnx"]["bytes"],
             "losses": [stage["loss"] for stage in report["schedule"]],
-            "options": options,
         }
 
-    def _measure(self, key: RunKey, run: Run) -> dict[str, float]:
-        judge, first_seed = (self.sweep_judge, SWEEP_SEED) if key.sweep else (self.judge, DRAW_SEED)
-        images = draw(run, self.config, len(judge.teacher), first_seed, torch.device("cpu"))
-        return judge.measure(images)
+    def _agreement(self, student: nn.Module, file_images: Tensor) -> dict[str, float]:
+        """Paired error of the first images, drawn by the file and by the fake-quantized graph that it was made of."""
+        some = self.judge.first(AGREEMENT_IMAGES)
+        drawn = self._draw(student, some, DRAW_SEED)
+        file, graph = some.paired_error(file_images[: len(drawn)]), some.paired_error(drawn)
+        return {"images": len(drawn), "file": file, "torch": graph}
+
+    def _draw(self, run: Run, judge: Judge, first_seed: int) -> Tensor:
+        with torch.no_grad():
+            return draw(run, self.config, len(judge.teacher), first_seed, torch.device("cpu"))
 
     def _job(self) -> Job:
         return Job(

@@ -61,7 +61,7 @@ CONFIGS = {
         # The teacher that the example ships; within an hour on two cores.
         StudyConfig("digits", "digits", 128, 4, 4, 2, 0, 0, 40, 100, (1, 2, 3, 4, 5), (2e-5, 6e-5, 2e-4), 1000, 16),
         # To its end in two hours on two cores.
-        StudyConfig("cpu", "fashion", 96, 4, 4, 4, 6000, 64, 32, 240, (1, 2, 3, 4, 5), (2e-5, 6e-5, 2e-4), 1024, 16),
+        StudyConfig("cpu", "fashion", 96, 4, 4, 4, 6000, 64, 32, 120, (1, 2, 3, 4, 5), (6e-5, 2e-4, 6e-4), 768, 16),
         # For a data-centre GPU.
         StudyConfig(
             "gpu", "fashion", 256, 8, 4, 4, 40_000, 256, 128, 2500, (1, 2, 3, 4, 5), (1e-4, 3e-4, 1e-3), 10_000, 32

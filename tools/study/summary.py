@@ -11,9 +11,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from arms import ARMS
+from PIL import Image
 from scipy import stats
 from study_config import StudyConfig
+from torch import Tensor
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -25,6 +28,7 @@ METRICS = {
     "frechet_real": "Frechet distance to real images",
 }
 CONFIDENCE = 0.95
+SAMPLE_ROWS, SAMPLE_COLUMNS, SAMPLE_ZOOM = 4, 10, 2
 RESULTS = "study"  # folder beside study.md with a JSON file and a plot for each configuration
 
 Run = dict[str, Any]
@@ -41,6 +45,16 @@ def write_summary(folder: Path, docs: Path, config: StudyConfig) -> None:
     _plot(_groups(runs), results / f"{config.name}.png")
     parts = [_section(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(results.glob("*.json"))]
     (docs / "study.md").write_text("\n".join([_HEAD, *parts]), encoding="utf-8")
+
+
+def save_samples(images: Tensor, docs: Path, config: StudyConfig) -> None:
+    """Write `docs/study/<config>-teacher.png`: the teacher's first images [N, C, H, W], a column for each class."""
+    rows = images[: SAMPLE_ROWS * SAMPLE_COLUMNS].clamp(-1, 1).split(SAMPLE_COLUMNS)
+    grid = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).add(1).mul(127.5).byte()
+    (docs / RESULTS).mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(grid.permute(1, 2, 0).squeeze(-1).numpy())
+    larger = (picture.width * SAMPLE_ZOOM, picture.height * SAMPLE_ZOOM)
+    picture.resize(larger, Image.Resampling.NEAREST).save(docs / RESULTS / f"{config.name}-teacher.png")
 
 
 _HEAD = """# What fractional bits buy
@@ -77,7 +91,8 @@ def _section(content: Mapping[str, Any]) -> str:
     ]
     for precision in dict.fromkeys(precision for precision, _ in groups):
         lines += [f"### {precision}", "", *_table(groups, precision), ""]
-    return "\n".join([*lines, f"![{config.name}](study/{config.name}.png)", ""])
+    pictures = [f"![{config.name}](study/{config.name}.png)", "", "The teacher's images:", ""]
+    return "\n".join([*lines, *pictures, f"![teacher](study/{config.name}-teacher.png)", ""])
 
 
 def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,23 @@
+"""What `auto` stands for: of all that the study compared, what comes nearest to the teacher in the same steps.
+
+`docs/study.md` has the figures: the arm `auto` there, beside the plain fine-tunes.
+"""
+
+from __future__ import annotations
+
+AUTO = "auto"
+LOSS = "mse,features"
+RECIPE = "lsq,ema,adamw{cooldown=0.5}"
+NO_RECIPE = ""
+
+
+def loss_of(text: str) -> str:
+    """The loss that an option asks for."""
+    return LOSS if text == AUTO else text
+
+
+def recipe_of(text: str, *, steps: int | None) -> str:
+    """The recipe that an option asks for; without a fine-tune `auto` has nothing to do."""
+    if text != AUTO:
+        return text
+    return NO_RECIPE if steps == 0 else RECIPE

@@ -1,0 +1,45 @@
+"""`auto`: what the defaults stand for, and when they stand for nothing."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fraqat_compiler import Job, simulate
+from fraqat_compiler.compile_options import make_options
+from fraqat_compiler.default_recipe import LOSS, RECIPE
+
+
+@pytest.mark.parametrize(("steps", "recipe"), [(None, RECIPE), (10, RECIPE), (0, "")])
+def test_the_defaults_are_written_out(steps: int | None, recipe: str) -> None:
+    options = make_options({"steps": steps}, exported=True)
+    assert (options.loss, options.recipe) == (LOSS, recipe)
+
+
+def test_what_is_asked_for_is_kept() -> None:
+    options = make_options({"loss": "mse", "recipe": ""}, exported=True)
+    assert (options.loss, options.recipe) == ("mse", "")
+
+
+def test_a_fine_tune_by_default_comes_nearer_than_rounding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 8))
+    inputs = torch.randn(64, 16)
+
+    job = Job(
+        "net",
+        lambda: copy.deepcopy(model),
+        lambda: (inputs,),
+        calibration_data=lambda: [(inputs,)],
+        train_data=lambda: [(torch.randn(64, 16),) for _ in range(100)],
+    )
+
+    def error(steps: int) -> float:
+        result = simulate(job, output=tmp_path / str(steps), steps=steps, lr=2e-3)
+        return float((result.student(inputs) - model(inputs)).square().mean())
+
+    assert error(100) < error(0)
