@@ -38,6 +38,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "decompose-activations": "fraqat_compiler.passes.decompose_activations:DecomposeActivations",
         "decompose-pad": "fraqat_compiler.passes.decompose_pad:DecomposePad",
         "convolve-average-pools": "fraqat_compiler.passes.convolve_average_pools:ConvolveAveragePools",
+        "scatter-rows": "fraqat_compiler.passes.scatter_rows:ScatterRows",
         "weigh-norms": "fraqat_compiler.passes.weigh_norms:WeighNorms",
         "clip-masks": "fraqat_compiler.passes.clip_masks:ClipMasks",
         "split-low-rank": "fraqat_compiler.passes.split_low_rank:SplitLowRank",

@@ -26,8 +26,9 @@ class QuantizeConstants(OnnxPass):
     """Quantize the float constants among quantized tensors: the 0.125 of a Mul, the addends and tables of others.
 
     Before: `Mul(DQ(x), 0.125)`. After: `Mul(DQ(x), DQ(code))` at the width of x. One value, whatever the shape, is
-    held exactly: its scale is the value divided by a power of two, so that code * scale gives it back; tables get the
-    least grid that spans them. Does nothing where another input is in float, and to shapes, bounds, exponents and
+    held exactly: its scale is the value divided by a power of two, so that code * scale gives it back, and 0 has the
+    scale of its neighbour: any other gives garbage in a 16-bit Where of the HTP library. Tables get the least grid that
+    spans them. Does nothing where another input is in float, and to shapes, bounds, exponents and
     padding, and to values that are not finite.
     """
 
@@ -50,29 +51,32 @@ class _Quantization:
         self.graph = graph
         self.names = qdq.Names(graph)
         self.zero_points = qdq.SharedConstants(graph, self.names)
-        self.done: dict[tuple[str, str], gs.Variable] = {}
+        self.done: dict[tuple[str, str, float | None], gs.Variable] = {}
 
     def quantize_inputs(self, node: gs.Node) -> list[str]:
         """Quantize the constants that a node reads as values; the names of those that were."""
         values = node.inputs[_VALUE_INPUTS[node.op]] if node.op in _VALUE_INPUTS else []
         constants = [tensor for tensor in values if qdq.is_constant(tensor)]
-        stored = _widest_type([tensor for tensor in values if not qdq.is_constant(tensor)])
-        if stored is None:
+        neighbour = _widest([tensor for tensor in values if not qdq.is_constant(tensor)])
+        if neighbour is None:
             return []
         fit = [tensor for tensor in constants if _is_quantizable(tensor)]
         for tensor in fit:
-            qdq.replace_input(node, tensor, self._quantized(tensor, stored))
+            qdq.replace_input(node, tensor, self._quantized(tensor, neighbour))
         return [tensor.name for tensor in fit]
 
-    def _quantized(self, tensor: gs.Constant, stored: np.dtype[np.generic]) -> gs.Variable:
-        key = (tensor.name, str(stored))
+    def _quantized(self, tensor: gs.Constant, neighbour: gs.Node) -> gs.Variable:
+        scale = lazy_values.values_of(neighbour.inputs[1])
+        key = (tensor.name, str(qdq.code_type(neighbour)), float(scale) if _is_zero(tensor) else None)
         if key not in self.done:
-            self.done[key] = self._dequantize(tensor, stored)
+            self.done[key] = self._dequantize(tensor, neighbour)
         return self.done[key]
 
-    def _dequantize(self, tensor: gs.Constant, stored: np.dtype[np.generic]) -> gs.Variable:
-        values = lazy_values.values_of(tensor)
+    def _dequantize(self, tensor: gs.Constant, neighbour: gs.Node) -> gs.Variable:
+        values, stored = lazy_values.values_of(tensor), qdq.code_type(neighbour)
         codes, scale, zero_point = quantized(values, stored)
+        if not values.any():
+            scale = lazy_values.values_of(neighbour.inputs[1])
         names = self.names
         codes_constant = gs.Constant(names.free(f"{tensor.name}_q"), LazyArray(values.shape, stored, lambda: codes))
         scale_constant = lazy_values.constant(names.free(f"{tensor.name}_scale"), scale)
@@ -83,13 +87,17 @@ class _Quantization:
         return result
 
 
-def _widest_type(tensors: list[gs.Tensor]) -> np.dtype[np.generic] | None:
-    """The type of the codes of quantized tensors; None where one is in float, or there is none."""
+def _widest(tensors: list[gs.Tensor]) -> gs.Node | None:
+    """The quantizer with the widest codes among those of some tensors; None where one is in float, or there is none."""
     quantizers = [qdq.made_by(tensor, qdq.DEQUANTIZE) for tensor in tensors]
-    types = [qdq.code_type(node) for node in quantizers if node is not None and qdq.is_scalar(node)]
-    if not types or len(types) != len(tensors):
+    known = [node for node in quantizers if node is not None and qdq.is_scalar(node)]
+    if not known or len(known) != len(tensors):
         return None
-    return max(types, key=lambda dtype: dtype.itemsize)
+    return max(known, key=lambda node: qdq.code_type(node).itemsize)
+
+
+def _is_zero(tensor: gs.Constant) -> bool:
+    return not lazy_values.values_of(tensor).any()
 
 
 def _is_quantizable(tensor: gs.Constant) -> bool:

@@ -134,6 +134,10 @@ def _split_average(node: gs.Node) -> bool:
     return is_split(node.inputs[0].shape[2:], kernel, stride, padding)
 
 
+def _scatters(node: gs.Node) -> bool:
+    return node.op == "ScatterElements" and any(True for _ in _dequantizers(node))
+
+
 def _mask_constant(node: gs.Node) -> bool:
     return node.op in ("Add", "Sub", "Where") and any(_least(tensor) < -LARGEST_MASK for tensor in node.inputs)
 
@@ -199,6 +203,11 @@ _RULES = (
         _split_average,
         "AveragePool over even windows side by side, or padded ones, is cut off at the range of its result",
         "Count the padding (count_include_pad), so that pass convolve-average-pools makes it a convolution.",
+    ),
+    _Rule(
+        _scatters,
+        "ScatterElements writes wrong values",
+        "Write whole rows, by index_copy or by the same index along a row (pass scatter-rows).",
     ),
     _Rule(_mask_constant, "a mask constant of this size ruins the quantizer", "Clip it to about -50: pass clip-masks."),
 )

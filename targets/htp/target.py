@@ -31,7 +31,7 @@ from fraqat_compiler.targets.htp.node_support import Refusal, refusals
 from fraqat_compiler.targets.htp.op_counts import count_ops
 from fraqat_compiler.targets.htp.op_table import load_table
 from fraqat_compiler.targets.htp.profile_csv import NOTES, read_profile
-from fraqat_compiler.targets.htp.quantized_io import dequantized, quantized, strip_boundary
+from fraqat_compiler.targets.htp.quantized_io import Codes, dequantized, quantized, strip_boundary
 from fraqat_compiler.targets.htp.rules import with_shapes, wrong_nodes
 from fraqat_compiler.targets.htp.socs import Soc, find_soc
 from fraqat_compiler.targets.htp.unit_probe import QDQ
@@ -122,7 +122,7 @@ class HtpTarget(Target):
         """Shapes are simplified last: what the passes before them write out has some too."""
         fusions = "divide-by-roots,fuse-rms-norm,fuse-gelu"
         text = super().prepare_pipeline().replace("decompose-attention", f"{fusions},decompose-attention")
-        return f"{text},decompose-pad,convolve-average-pools,weigh-norms,reduce-rank,simplify-shapes"
+        return f"{text},decompose-pad,convolve-average-pools,scatter-rows,weigh-norms,reduce-rank,simplify-shapes"
 
     def lower_pipeline(self) -> str:
         """Opset 23 has RMSNormalization; the rest is what the library refuses or computes wrongly, pass by pass."""
@@ -156,16 +156,23 @@ class HtpTarget(Target):
         _refuse_dynamic_shapes(model)
         scratch = Path(tempfile.mkdtemp(prefix=".htp-", dir=output))
         try:
-            given = read_model(model)
-            codes = strip_boundary(given, model.parent) if self.io == "quantized" else {}
-            self._compile(model, given.SerializeToString() if codes else None, scratch, output / LOG_FILE)
-            note(scratch / CONTEXT_FILE, codes, weight_bytes(given))
-            facts = self._proven(scratch / BINARY_FILE)
+            content, codes = self.boundary(model)
+            self._compile(model, content, scratch, output / LOG_FILE)
+            note(scratch / CONTEXT_FILE, codes, weight_bytes(read_model(model)))
+            facts = self.proven(scratch / BINARY_FILE)
             for name in (BINARY_FILE, CONTEXT_FILE):
                 (scratch / name).replace(output / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return self._artifact(output, facts)
+
+    def boundary(self, model: Path) -> tuple[bytes | None, dict[str, Codes]]:
+        """The model as it is compiled, where that is not what its file holds, and what its codes mean."""
+        if self.io == "float":
+            return None, {}
+        given = read_model(model)
+        codes = strip_boundary(given, model.parent)
+        return given.SerializeToString(), codes
 
     def _compile(self, model: Path, content: bytes | None, scratch: Path, log: Path) -> None:
         config = NO_FALLBACK | {
@@ -232,7 +239,7 @@ class HtpTarget(Target):
     def load(self, folder: Path, target_text: str) -> Artifact:
         if not (folder / CONTEXT_FILE).is_file():
             raise TargetError(f"{folder.name} holds no {CONTEXT_FILE}.", "Compile with --target htp first.")
-        return self._artifact(folder, self._proven(folder / BINARY_FILE))
+        return self._artifact(folder, self.proven(folder / BINARY_FILE))
 
     def bundle(self, artifact: Artifact, sample: Sample, folder: Path) -> None:
         write_bundle(artifact, self.chip, self.provider_options(), sample, self.run(artifact, sample.inputs), folder)
@@ -254,7 +261,7 @@ class HtpTarget(Target):
         vtcm = {"vtcm_mb": str(self.vtcm_mb)} if self.vtcm_mb else {}
         return options | vtcm | ({"enable_htp_spill_fill_buffer": "1"} if self.spill_fill else {})
 
-    def _proven(self, binary: Path) -> BinaryFacts:
+    def proven(self, binary: Path) -> BinaryFacts:
         """Facts of the binary, which must be for this target's SoC.
 
         Raises:
@@ -286,7 +293,7 @@ class HtpTarget(Target):
 @lru_cache(maxsize=1)
 def _kept(path: Path, changed: tuple[int, ...], target: HtpTarget) -> QnnProcess:
     """One process is kept, since a sampler runs one artifact many times; `changed` is part of the key only."""
-    target._proven(path.with_name(BINARY_FILE))
+    target.proven(path.with_name(BINARY_FILE))
     process = QnnProcess()
     process.load(path, target.provider_options(), NO_FALLBACK)
     return process
