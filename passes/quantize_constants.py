@@ -57,13 +57,18 @@ class _Quantization:
         """Quantize the constants that a node reads as values; the names of those that were."""
         values = node.inputs[_VALUE_INPUTS[node.op]] if node.op in _VALUE_INPUTS else []
         constants = [tensor for tensor in values if qdq.is_constant(tensor)]
-        neighbour = _widest([tensor for tensor in values if not qdq.is_constant(tensor)])
+        computed = [tensor for tensor in values if not qdq.is_constant(tensor) and not _is_quantized_zero(tensor)]
+        neighbour = _widest(computed)
         if neighbour is None:
             return []
+        zeros = [tensor for tensor in values if _is_quantized_zero(tensor) and not _has_scale_of(tensor, neighbour)]
         fit = [tensor for tensor in constants if _is_quantizable(tensor)]
         for tensor in fit:
             qdq.replace_input(node, tensor, self._quantized(tensor, neighbour))
-        return [tensor.name for tensor in fit]
+        for tensor in zeros:
+            floats = gs.Constant(f"{tensor.name}_0", np.zeros(tensor.shape, np.float32))
+            qdq.replace_input(node, tensor, self._quantized(floats, neighbour))
+        return [tensor.name for tensor in (*fit, *zeros)]
 
     def _quantized(self, tensor: gs.Constant, neighbour: gs.Node) -> gs.Variable:
         scale = lazy_values.values_of(neighbour.inputs[1])
@@ -98,6 +103,21 @@ def _widest(tensors: list[gs.Tensor]) -> gs.Node | None:
 
 def _is_zero(tensor: gs.Constant) -> bool:
     return not lazy_values.values_of(tensor).any()
+
+
+def _is_quantized_zero(tensor: gs.Tensor) -> bool:
+    """Whether calibration quantized a constant of zeros, whose range tells no scale."""
+    source = qdq.made_by(tensor, qdq.DEQUANTIZE)
+    if source is None or not qdq.is_constant(source.inputs[0]) or not qdq.is_scalar(source) or len(source.inputs) < 3:
+        return False
+    codes, zero_point = (lazy_values.values_of(item) for item in (source.inputs[0], source.inputs[2]))
+    return bool((codes == zero_point).all())
+
+
+def _has_scale_of(tensor: gs.Tensor, neighbour: gs.Node) -> bool:
+    source = qdq.made_by(tensor, qdq.DEQUANTIZE)
+    assert source is not None
+    return bool(lazy_values.values_of(source.inputs[1]) == lazy_values.values_of(neighbour.inputs[1]))
 
 
 def _is_quantizable(tensor: gs.Constant) -> bool:

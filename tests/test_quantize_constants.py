@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 import torch
-from lowering import EXPORT, fake_quantized, lowered, run_onnx
+from lowering import EXPORT, fake_quantized, htp_parity, lowered, run_onnx
 from torch import Tensor, nn
 
 from fraqat_compiler import lazy_values, qdq
@@ -89,3 +89,33 @@ def _add(other: np.ndarray, *, quantized_input: bool) -> gs.Graph:
 )
 def test_what_is_left_alone(graph: gs.Graph, modified: bool) -> None:
     assert QuantizeConstants().run(graph, PassContext()).modified is modified
+
+
+class Masked(nn.Module):
+    """Zeros in the place of what a linear layer makes: a number, or a tensor that calibration sees."""
+
+    def __init__(self, as_tensor: bool) -> None:
+        super().__init__()
+        self.linear, self.as_tensor = nn.Linear(64, 64), as_tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, mask = self.linear(x), torch.eye(16, 64) > 0
+        return torch.where(mask, y, torch.zeros(())) if self.as_tensor else y.masked_fill(~mask, 0.0)
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_a_zero_has_its_neighbours_scale(as_tensor: bool) -> None:
+    graph = lowered(fake_quantized(Masked(as_tensor), (torch.randn(16, 64),), activations="16"), SHARED)
+    assert QuantizeConstants().run(graph, PassContext()).modified
+    (node,) = [node for node in graph.nodes if node.op == "Where"]
+    first, second = (qdq.made_by(tensor, qdq.DEQUANTIZE) for tensor in node.inputs[1:])
+    assert lazy_values.values_of(first.inputs[1]) == lazy_values.values_of(second.inputs[1])
+    assert not QuantizeConstants().run(graph, PassContext()).modified
+
+
+def test_the_library_keeps_a_zero(tmp_path: Path) -> None:
+    """With a scale of 1, nine of ten results of a 16-bit Where are garbage."""
+    pytest.importorskip("onnxruntime_qnn")
+    torch.manual_seed(0)
+    distance = htp_parity(Masked(as_tensor=True), torch.randn(16, 64), 16, tmp_path)
+    assert distance.max_lsb is not None and distance.max_lsb <= 5.01
