@@ -9,7 +9,7 @@ from typing import Any
 
 from fraqat_compiler.auto_widths import asked_widths
 from fraqat_compiler.capture import Tracer
-from fraqat_compiler.default_recipe import AUTO, loss_of, recipe_of
+from fraqat_compiler.default_recipe import AUTO, loss_of, recipe_of, schedule_of
 from fraqat_compiler.errors import UsageError
 from fraqat_compiler.losses import parse_losses
 from fraqat_compiler.quant_spec import MAX_EXPORTED_BIT_WIDTH, RangeMethod
@@ -25,7 +25,7 @@ class CompileOptions:
     Attributes:
         weights, activations: widths with overrides by module name (`4,lm_head=8`); weights may be found by sensitivity
             under a budget (`auto{mean-bits=4.5},lm_head=8`).
-        schedule: name or text of the bit-width schedule of the fine-tune.
+        schedule: name or text of the bit-width schedule of the fine-tune, or `auto`.
         steps: optimizer steps of the fine-tune; 0 is post-training quantization; None is 400 where the job has
             training data, else 0.
         epochs: the same in passes over the training data, instead of `steps`.
@@ -48,7 +48,7 @@ class CompileOptions:
 
     weights: str = "4"
     activations: str = "8"
-    schedule: str = "fraqat"
+    schedule: str = AUTO
     steps: int | None = None
     epochs: float | None = None
     loss: str = AUTO
@@ -86,6 +86,7 @@ def make_options(options: dict[str, Any], *, exported: bool) -> CompileOptions:
         settings,
         weights=str(settings.weights),
         activations=str(settings.activations),
+        schedule=schedule_of(settings.schedule),
         loss=loss_of(settings.loss),
         recipe=recipe_of(settings.recipe, steps=settings.steps),
     )

@@ -6,9 +6,15 @@
 from __future__ import annotations
 
 AUTO = "auto"
+SCHEDULE = "direct"
 LOSS = "mse,features"
 RECIPE = "lsq,ema,adamw{cooldown=0.5}"
 NO_RECIPE = ""
+
+
+def schedule_of(text: str) -> str:
+    """The schedule that an option asks for."""
+    return SCHEDULE if text == AUTO else text
 
 
 def loss_of(text: str) -> str:

@@ -108,7 +108,7 @@ def test_an_epoch_is_one_pass_over_the_training_data(tmp_path: Path) -> None:
 
 
 def test_only_what_is_named_is_trained_and_the_rest_is_quantized_all_the_same(tmp_path: Path) -> None:
-    result = simulate(_job(), output=tmp_path, train="2", steps=8, schedule="direct", lr=1e-2)
+    result = simulate(_job(), output=tmp_path, train="2", steps=8, schedule="direct", recipe="", lr=1e-2)
     assert torch.equal(result.student.get_parameter("0.weight"), result.teacher.get_parameter("0.weight"))
     assert not torch.equal(result.student.get_parameter("2.weight"), result.teacher.get_parameter("2.weight"))
     assert {name for name, _ in weight_quantizers(result.student)} == {"0.weight", "2.weight"}

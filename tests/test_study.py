@@ -89,10 +89,10 @@ def test_missing_images_are_told_with_the_remedy(study: SimpleNamespace, tmp_pat
 
 
 def test_every_arm_is_a_set_of_the_product_s_options(study: SimpleNamespace) -> None:
-    from fraqat_compiler.compiler import CompileOptions
+    from fraqat_compiler.compile_options import make_options
     from fraqat_compiler.schedule import parse_schedule
 
     for arm in study.arms.ARMS.values():
-        options = CompileOptions(**arm.options)
+        options = make_options(study.arms.PLAIN | arm.options, exported=True)
         parse_schedule(options.schedule, end=4.0)
     assert set(study.arms.HEADLINE) <= set(study.arms.ARMS)
