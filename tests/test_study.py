@@ -52,6 +52,7 @@ def test_the_tables_follow_from_the_results_alone(study: SimpleNamespace, tmp_pa
     assert "2.2 ± 0.25" in direct
     assert "1.21 ± " in fraqat
     assert float(fraqat.split("|")[-2]) < 0.001
+    assert fraqat.split("|")[-3].strip().startswith("-45.2 ± ")  # (1.207 - 2.2) / 2.2
     assert "77" not in fraqat
     assert (tmp_path / "docs" / "study" / "smoke.png").stat().st_size > 1000
 

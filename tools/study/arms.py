@@ -44,7 +44,11 @@ ARMS = {
             "low-rank branch of rank 16, then direct",
             {"schedule": "direct", "recipe": "split-low-rank{rank=16}"},
         ),
-        Arm("svdqat-32", "the same of rank 32", {"schedule": "direct", "recipe": "split-low-rank{rank=32}"}),
+        Arm(
+            "svdqat-32",
+            "low-rank branch of rank 32, then direct",
+            {"schedule": "direct", "recipe": "split-low-rank{rank=32}"},
+        ),
         Arm("fraqat-mse", "fraqat on weight ranges of least squared error", {"weight_range": "mse"}),
         Arm("fraqat-ema", "fraqat, weights averaged over the last stage", {"recipe": "ema"}),
         Arm("fraqat-features", "fraqat, distilled on every block too", {"loss": "mse,features{at=blocks.*}"}),

@@ -43,7 +43,9 @@ def write_summary(folder: Path, docs: Path, config: StudyConfig) -> None:
     content = {"config": asdict(config), "runs": runs}
     (results / f"{config.name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _plot(_groups(runs), results / f"{config.name}.png")
-    parts = [_section(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(results.glob("*.json"))]
+    parts = [
+        _section(json.loads(path.read_text(encoding="utf-8")), _notes(path)) for path in sorted(results.glob("*.json"))
+    ]
     (docs / "study.md").write_text("\n".join([_HEAD, *parts]), encoding="utf-8")
 
 
@@ -62,7 +64,8 @@ _HEAD = """# What fractional bits buy
 A class-conditional diffusion transformer, trained in float, is brought to few bits by every arm from the same teacher,
 with the same number of steps, the same batches in the same order, and the learning rate of the same sweep that suits
 the arm best (measured on noise that no table uses). Every figure is of the exported ONNX file, run by onnxruntime.
-Mean with its 95 % interval (Student's t over seeds); p of a paired t-test against `direct`, seed by seed.
+Mean with its 95 % interval (Student's t over seeds). Beside `direct`: the difference in percent with its 95 % interval
+and p of the paired t-test, seed by seed.
 
 `python tools/study CONFIG` runs it; this page is written from the JSON files in [study/](study/).
 """
@@ -78,7 +81,13 @@ def _groups(runs: Sequence[Run]) -> Groups:
     return groups
 
 
-def _section(content: Mapping[str, Any]) -> str:
+def _notes(results: Path) -> list[str]:
+    """What somebody wrote about the results, in a Markdown file beside them."""
+    notes = results.with_suffix(".md")
+    return [notes.read_text(encoding="utf-8").strip(), ""] if notes.is_file() else []
+
+
+def _section(content: Mapping[str, Any], notes: list[str]) -> str:
     config, groups = StudyConfig(**_tuples(content["config"])), _groups(content["runs"])
     lines = [
         f"## `{config.name}`: {config.dataset}, {config.images:,} images, {config.steps:,} steps",
@@ -88,9 +97,11 @@ def _section(content: Mapping[str, Any]) -> str:
         f"learning rates {', '.join(f'{rate:g}' for rate in config.learning_rates)}; "
         f"{config.sampling_steps} sampling steps.",
         "",
+        *notes,
     ]
     for precision in dict.fromkeys(precision for precision, _ in groups):
         lines += [f"### {precision}", "", *_table(groups, precision), ""]
+    lines += _agreement(groups)
     pictures = [f"![{config.name}](study/{config.name}.png)", "", "The teacher's images:", ""]
     return "\n".join([*lines, *pictures, f"![teacher](study/{config.name}-teacher.png)", ""])
 
@@ -100,7 +111,7 @@ def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(groups: Groups, precision: str) -> list[str]:
-    heads = ["arm", "lr", "seeds", *METRICS.values(), f"p against {BASELINE}"]
+    heads = ["arm", "lr", "seeds", *METRICS.values(), f"first distance beside `{BASELINE}`", "p"]
     rows = [
         _row(arm, runs, groups.get((precision, BASELINE), []))
         for (its_precision, arm), runs in groups.items()
@@ -112,7 +123,7 @@ def _table(groups: Groups, precision: str) -> list[str]:
 def _row(arm: str, runs: list[Run], baseline: list[Run]) -> list[str]:
     rate = "-" if runs[0]["lr"] is None else f"{runs[0]['lr']:g}"
     figures = [interval([run["metrics"][metric] for run in runs]) for metric in METRICS]
-    return [f"`{arm}`: {ARMS[arm].says}", rate, str(len(runs)), *figures, _paired_p(runs, baseline)]
+    return [f"`{arm}`: {ARMS[arm].says}", rate, str(len(runs)), *figures, *_beside(runs, baseline)]
 
 
 def interval(values: Sequence[float]) -> str:
@@ -124,8 +135,8 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean:.3g} ± {half:.2g}"
 
 
-def _paired_p(runs: list[Run], baseline: list[Run]) -> str:
-    """p of the paired test on the distance to the teacher, over the seeds that both have."""
+def _beside(runs: list[Run], baseline: list[Run]) -> tuple[str, str]:
+    """Difference of the distance to the teacher in percent of the baseline's with its interval, and p; seed by seed."""
     theirs = {run["seed"]: run["metrics"]["frechet_teacher"] for run in baseline}
     pairs = [
         (run["metrics"]["frechet_teacher"], theirs[run["seed"]])
@@ -133,9 +144,24 @@ def _paired_p(runs: list[Run], baseline: list[Run]) -> str:
         if run["seed"] in theirs and run["arm"] != BASELINE
     ]
     if len(pairs) < 2:
-        return "-"
-    mine, others = zip(*pairs, strict=True)
-    return f"{stats.ttest_rel(mine, others).pvalue:.2g}"
+        return "-", "-"
+    mine, others = map(np.asarray, zip(*pairs, strict=True))
+    percent = interval(100 * (mine - others) / others.mean())
+    return f"{percent} %", f"{stats.ttest_rel(mine, others).pvalue:.2g}"
+
+
+def _agreement(groups: Groups) -> list[str]:
+    """One line about the file and the graph it was made of, drawing the same images."""
+    pairs = [run["agreement"] for runs in groups.values() for run in runs if "agreement" in run]
+    if not pairs:
+        return []
+    apart = [abs(pair["file"] - pair["torch"]) / pair["torch"] for pair in pairs]
+    return [
+        f"The file in onnxruntime and the fake-quantized graph in torch, on the first {pairs[0]['images']} images: "
+        f"their paired errors are {100 * float(np.median(apart)):.1f} % apart in the median of {len(apart)} runs, "
+        f"{100 * max(apart):.1f} % at most.",
+        "",
+    ]
 
 
 def _plot(groups: Groups, path: Path) -> None:
