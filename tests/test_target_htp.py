@@ -196,6 +196,14 @@ def test_a_wrong_file_of_the_user_is_told(own_socs: Path, content: str | None, m
         HtpTarget()
 
 
+def test_soc_and_device_are_one_option() -> None:
+    assert parse_target('htp{device="Galaxy S25 Ultra"}').chip == HtpTarget().chip  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"soc=sm8650 and device=Galaxy S25 Ultra are both given"):
+        HtpTarget(soc="sm8650", device="Galaxy S25 Ultra")
+    with pytest.raises(UsageError, match="SM8750"):
+        HtpTarget(device="galaxy s25 utra")
+
+
 @pytest.mark.parametrize("megabytes", [-1, 9])
 def test_vtcm_must_be_there(megabytes: int) -> None:
     with pytest.raises(UsageError, match="8 MiB"):
@@ -208,6 +216,7 @@ def test_vtcm_must_be_there(megabytes: int) -> None:
         ("htp{soc=sm8550}", "SM8550", 73, 8),
         ("htp{soc=sm8650}", "SM8650", 75, 8),
         ('htp{soc="Galaxy S25" vtcm-mb=2}', "SM8750", 79, 2),
+        ('htp{device="Galaxy S24 Ultra"}', "SM8650", 75, 8),
         ("htp{soc=sm8850 optimization=1}", "SM8850", 81, 8),
         ("htp{soc=sc8380xp performance-mode=balanced}", "SC8380XP", 73, 8),
     ],

@@ -53,11 +53,11 @@ class HtpTarget(Target):
     Compiles to a context binary for one SoC with fallback to the CPU forbidden, and runs it in the library's x86
     emulator, whose numbers are the hardware's and whose times are not.
 
-    Options: `soc` is a part (sm8750), a marketing name or a phone ("Galaxy S25 Ultra"); `vtcm_mb` limits the memory the
-    graph may plan with (0: the SoC's own); `performance_mode` is QNN's; `optimization` is the effort of the compiler, 1
-    to 3; `io` says whether the graph takes and gives floats, or the 8- or 16-bit codes of its quantizers (`run` takes
-    and gives floats all the same); `spill_fill` lets graphs of one application share the memory that what does not fit
-    the VTCM is spilled to.
+    Options: `soc` is a part (sm8750), a marketing name or a phone ("Galaxy S25 Ultra"), and `device` another name of
+    that option; `vtcm_mb` limits the memory the graph may plan with (0: the SoC's own); `performance_mode` is QNN's;
+    `optimization` is the effort of the compiler, 1 to 3; `io` says whether the graph takes and gives floats, or the 8-
+    or 16-bit codes of its quantizers (`run` takes and gives floats all the same); `spill_fill` lets graphs of one
+    application share the memory that what does not fit the VTCM is spilled to.
     """
 
     name: ClassVar[str] = "htp"
@@ -67,8 +67,11 @@ class HtpTarget(Target):
     optimization: Literal[1, 2, 3] = 3
     io: Literal["float", "quantized"] = "float"
     spill_fill: bool = False
+    device: str = ""
 
     def __post_init__(self) -> None:
+        if self.device and self.soc not in (HtpTarget.soc, self.device):
+            raise UsageError(f"soc={self.soc} and device={self.device} are both given.", "Give one of them.")
         if not 0 <= self.vtcm_mb <= self.chip.vtcm_mb:  # the library would plan with more than there is
             raise UsageError(
                 f"vtcm-mb={self.vtcm_mb} does not fit {self.chip.part}.",
@@ -77,8 +80,8 @@ class HtpTarget(Target):
 
     @property
     def chip(self) -> Soc:
-        """The SoC that `soc` means."""
-        return find_soc(self.soc)
+        """The SoC that `soc` or `device` means."""
+        return find_soc(self.device or self.soc)
 
     @classmethod
     def missing(cls) -> str | None:
