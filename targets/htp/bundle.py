@@ -15,10 +15,9 @@ import numpy as np
 
 from fraqat_compiler.manifest import sha256
 from fraqat_compiler.target import Arrays, Artifact, Sample
-from fraqat_compiler.targets.htp.context_model import read_context
+from fraqat_compiler.targets.htp.context_model import graph_name, read_context
 from fraqat_compiler.targets.htp.quantized_io import Codes, quantized
 from fraqat_compiler.targets.htp.socs import Soc
-from fraqat_compiler.targets.model_file import read_model
 
 
 def write_bundle(
@@ -43,7 +42,7 @@ def write_bundle(
     manifest: dict[str, Any] = {
         "schema_version": 1,
         "model": artifact.path.name,
-        "graph": _graph_name(artifact.path),
+        "graph": graph_name(artifact.path),
         "soc": {name: artifact.details[name] for name in ("soc", "htp_arch", "vtcm_bytes", "qairt_version")},
         "provider_options": dict(options),
         "inputs": _written(sample.inputs, codes, folder, "inputs"),
@@ -61,13 +60,6 @@ def write_bundle(
         if path.is_file()
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _graph_name(model: Path) -> str:
-    """The name of the graph in the binary, as its EPContext node says."""
-    (node,) = (node for node in read_model(model).graph.node if node.op_type == "EPContext")
-    names = [item.s.decode() for item in node.attribute if item.name == "partition_name"]
-    return str(names[0] if names else node.name)
 
 
 def _coded(sample: Sample, codes: Mapping[str, Codes]) -> Sample:

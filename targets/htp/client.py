@@ -16,6 +16,7 @@ from fraqat_compiler.errors import TargetError
 
 WORKER_MODULE = "fraqat_compiler.targets.htp.worker"
 NO_FALLBACK = {"session.disable_cpu_ep_fallback": "1"}
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 QUIET = 3
 
 
@@ -58,24 +59,33 @@ class QnnProcess:
         provider: Mapping[str, str],
         config: Mapping[str, str],
         severity: int = QUIET,
+        *,
         content: bytes | None = None,
+        root: Path | None = None,
+        beside: bool = False,
     ) -> list[str]:
         """Open a session on a model or context binary; returns its output names.
 
         Args:
             model: its file.
-            provider, config: options of the provider and of the session.
+            provider, config: options of the provider and of the session; paths in them are absolute.
             severity: of the log that the library keeps.
             content: the model to take in place of what the file holds; weights are read from the files beside that.
+            root: a folder above the model, by default its own; the path from there gives the compiled graph its name.
+            beside: keep the sessions that are open.
         """
         path = model.resolve()
-        given = path.name if content is None else content
-        names: list[str] = self._call("load", str(path.parent), given, dict(provider), dict(config), severity)
-        return names
+        base = root.resolve() if root else path.parent
+        name = str(path.relative_to(base))
+        if content is not None:
+            config = {**config, WEIGHTS_FOLDER: str(path.parent.relative_to(base))}
+        given = name if content is None else content
+        answer: list[str] = self._call("load", str(base), given, dict(provider), dict(config), severity, beside)
+        return answer
 
-    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """One inference."""
-        outputs: dict[str, Any] = self._call("run", inputs)
+    def run(self, inputs: dict[str, Any], index: int = -1) -> dict[str, Any]:
+        """One inference of a session, by default the one that was loaded last."""
+        outputs: dict[str, Any] = self._call("run", inputs, index)
         return outputs
 
     def unload(self) -> None:

@@ -71,5 +71,12 @@ def read_context(path: Path) -> ContextFacts:
         raise TargetError(f"{path.name} is no compiled model, or is damaged.", "Compile again.") from None
 
 
+def graph_name(path: Path) -> str:
+    """The name of an EPContext model's graph in the binary."""
+    (node,) = (node for node in read_model(path).graph.node if node.op_type == "EPContext")
+    names = [item.s.decode() for item in node.attribute if item.name == "partition_name"]
+    return str(names[0] if names else node.name)
+
+
 def _spill_fill_bytes(node: NodeProto) -> int:
     return next((int(item.i) for item in node.attribute if item.name == "max_size"), 0)

@@ -15,49 +15,56 @@ import onnxruntime as ort
 import onnxruntime_qnn
 
 PROVIDER = "QNNExecutionProvider"
-WEIGHTS_HERE = {"session.model_external_initializers_file_folder_path": "."}  # of a model that is given by content
 
 
 class Worker:
-    """Holds the session that is loaded."""
+    """Holds the sessions that are loaded."""
 
     def __init__(self) -> None:
         ort.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
         self._device = next(device for device in ort.get_ep_devices() if device.ep_name == PROVIDER)
-        self._session: ort.InferenceSession | None = None
+        self._sessions: list[ort.InferenceSession] = []
 
     def load(
-        self, folder: str, model: str | bytes, provider: dict[str, str], config: dict[str, str], severity: int
+        self,
+        folder: str,
+        model: str | bytes,
+        provider: dict[str, str],
+        config: dict[str, str],
+        severity: int,
+        beside: bool,
     ) -> list[str]:
         """Open a session, which compiles the model when it is no context binary. Returns the output names.
 
         Args:
-            folder: the model lies in it, or its weights do.
-            model: name of its file, or its content.
+            folder: what paths are relative to.
+            model: path of its file, or its content.
             provider, config: options of the provider and of the session.
             severity: of the log.
+            beside: keep the sessions that are open; without it they are dropped.
         """
-        os.chdir(folder)  # the library puts the path it is given into the binary: in there every path is alike
+        os.chdir(folder)  # the library puts the path it is given into the binary: an absolute one would differ by place
         ort.set_default_logger_severity(severity)
         options = ort.SessionOptions()
         options.log_severity_level = severity
-        for key, value in (WEIGHTS_HERE | config).items():
+        for key, value in config.items():
             options.add_session_config_entry(key, value)
         backend = {"backend_path": onnxruntime_qnn.get_qnn_htp_path()}
         options.add_provider_for_devices([self._device], backend | provider)
-        self._session = None  # the library holds one graph at a time in less memory than two
-        self._session = ort.InferenceSession(model, options)
-        return [output.name for output in self._session.get_outputs()]
+        if not beside:
+            self._sessions.clear()  # the library holds one graph at a time in less memory than two
+        self._sessions.append(ort.InferenceSession(model, options))
+        return [output.name for output in self._sessions[-1].get_outputs()]
 
-    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """One inference of the loaded session."""
-        assert self._session is not None
-        names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, inputs), strict=True))
+    def run(self, inputs: dict[str, Any], index: int) -> dict[str, Any]:
+        """One inference of a loaded session."""
+        session = self._sessions[index]
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, inputs), strict=True))
 
     def close(self) -> None:
-        """Drop the session; a profile is written to its file then."""
-        self._session = None
+        """Drop the sessions; a profile is written to its file then."""
+        self._sessions.clear()
 
 
 def serve(commands: Connection, answers: Connection) -> None:
