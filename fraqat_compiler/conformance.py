@@ -27,12 +27,12 @@ import onnx
 
 from fraqat_compiler import parity
 from fraqat_compiler.conformance_case import Case, make_case
-from fraqat_compiler.errors import FraqatError, VerificationError
+from fraqat_compiler.errors import FraqatError, TargetError, VerificationError
 from fraqat_compiler.ops import OP_CLASSES
 from fraqat_compiler.pass_manager import PassManager
 from fraqat_compiler.pipeline_text import build, parse_one, to_text
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
-from fraqat_compiler.target import Arrays, Artifact, Role, Source, Target, TensorRequest
+from fraqat_compiler.target import Arrays, Artifact, Role, Sample, Source, Target, TensorRequest
 
 # Outputs in float or at more than 8 bits are measured in steps of an 8-bit quantizer over the reference's range:
 # integer hardware that works as it should strays by tens of 16-bit steps.
@@ -59,7 +59,7 @@ class _BrokenRuleError(Exception):
 
 
 def check_target(target: Target) -> tuple[Result, ...]:
-    """Take a target through its whole contract: text, specs, pipelines, check, compile, run, profile, load, errors.
+    """Take a target through its contract: text, specs, pipelines, check, compile, run, profile, load, bundle, errors.
 
     Returns:
         One result for each rule, in the order in which they were tried.
@@ -292,6 +292,22 @@ def _load(trial: _Trial) -> str:
     return _distance(trial, loaded)
 
 
+def _bundle(trial: _Trial) -> str:
+    case, folder = trial.case, trial.new_folder("bundle")
+    steps = {name: step for name, step in case.scales.items() if step is not None}
+    sample = Sample(case.inputs[0], case.outputs[0], steps)
+    try:
+        trial.target.bundle(trial.artifact, sample, folder)
+    except TargetError:
+        _require(not any(folder.iterdir()), "it makes no bundle, but leaves files.")
+        return "none"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    _require(bool(files), "the bundle is empty.")
+    telling = [path.name for path in files if str(trial.folder).encode() in path.read_bytes()]
+    _require(not telling, f"a path of this machine is in {telling[:1]} of the bundle.")
+    return f"{len(files)} files"
+
+
 def _refuse_nothing(trial: _Trial) -> str:
     empty, text = trial.new_folder("empty"), to_text(trial.target)
     trial.must_refuse("load of an empty folder", lambda: trial.target.load(empty, text))
@@ -349,6 +365,7 @@ _RULES: dict[str, Callable[[_Trial], str]] = {
     "run computes the model within 1 LSB": _run,
     "profile says where its figures come from": _profile,
     "load finds the artifact in another folder": _load,
+    "a bundle is made, or refused and nothing left": _bundle,
     "what is not there is refused": _refuse_nothing,
     "a broken model is refused and leaves no artifact": _refuse_broken_model,
     "a broken artifact is refused": _refuse_broken_artifact,

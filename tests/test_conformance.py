@@ -16,10 +16,10 @@ import pytest
 from fraqat_compiler import conformance
 from fraqat_compiler.conformance import check_target
 from fraqat_compiler.conformance_case import Case, make_case
-from fraqat_compiler.errors import VerificationError
+from fraqat_compiler.errors import TargetError, VerificationError
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
 from fraqat_compiler.registry import parse_target
-from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, TensorRequest
+from fraqat_compiler.target import Arrays, Artifact, Finding, Profile, Sample, TensorRequest
 from fraqat_compiler.targets.htp import HtpTarget
 from fraqat_compiler.targets.onnxruntime import OnnxRuntimeTarget
 
@@ -39,7 +39,7 @@ def test_a_built_in_target_keeps_every_rule(text: str) -> None:
     if target.missing():
         pytest.skip(str(target.missing()))
     results = check_target(target)
-    assert len({result.rule for result in results}) == len(results) == 14
+    assert len({result.rule for result in results}) == len(results) == 15
     assert all(result.detail for result in results)
 
 
@@ -127,6 +127,15 @@ def trusting(self: OnnxRuntimeTarget, folder: Path, target_text: str) -> Artifac
     return OnnxRuntimeTarget.load(self, folder.parent / "compiled" if damaged else folder, target_text)
 
 
+def half_made(self: OnnxRuntimeTarget, artifact: Artifact, sample: Sample, folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(artifact.path.read_bytes())
+    raise TargetError("the phone is not known.", "Name another.")
+
+
+def telling(self: OnnxRuntimeTarget, artifact: Artifact, sample: Sample, folder: Path) -> None:
+    (folder / "run.sh").write_text(f"cat {artifact.path}")
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """What every target with the default specs and pipelines is tried on, lowered once."""
@@ -164,6 +173,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
             lambda self, artifact, inputs: Profile(source="host", latency_ms=1e-3, ops=({"name": "a"},)),
             "profile says",
         ),
+        ("bundle", lambda self, artifact, sample, folder: None, "a bundle is made"),
+        ("bundle", half_made, "a bundle is made"),
+        ("bundle", telling, "a bundle is made"),
         ("load", raw_error, "what is not there"),
         ("compile", careless, "a broken model"),
         ("load", trusting, "a broken artifact"),

@@ -62,7 +62,7 @@ def network(nodes: list[NodeProto], weights: list[TensorProto], path: Path) -> P
 
 @pytest.mark.parametrize("text", ["openvino{threads=1}", "openvino{performance-hint=throughput precision=bf16}"])
 def test_it_keeps_the_contract(text: str) -> None:
-    assert len(check_target(parse_target(text))) == 14
+    assert len(check_target(parse_target(text))) == 15
 
 
 def test_int4_weights_are_packed_in_the_file_and_multiplied_in_int8(case: Case, artifact: Artifact) -> None:
