@@ -51,6 +51,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "share-qdq": "fraqat_compiler.passes.share_qdq:ShareQdq",
         "quantize-constants": "fraqat_compiler.passes.quantize_constants:QuantizeConstants",
         "convert-widths": "fraqat_compiler.passes.convert_widths:ConvertWidths",
+        "split-products": "fraqat_compiler.passes.split_products:SplitProducts",
         "decompose-softplus": "fraqat_compiler.passes.decompose_softplus:DecomposeSoftplus",
         "flatten-tanh": "fraqat_compiler.passes.flatten_tanh:FlattenTanh",
         "span-softmax-inputs": "fraqat_compiler.passes.span_softmax_inputs:SpanSoftmaxInputs",

@@ -131,7 +131,7 @@ class HtpTarget(Target):
         """Opset 23 has RMSNormalization; the rest is what the library refuses or computes wrongly, pass by pass."""
         text = super().lower_pipeline().replace("export-onnx", "export-onnx{opset=23}")
         text = text.replace("share-qdq", "drop-negligible-addends,span-logarithms,share-qdq")
-        legalize = "convert-widths,decompose-softplus,flatten-tanh,span-softmax-inputs,expand-constants"
+        legalize = "convert-widths,split-products,decompose-softplus,flatten-tanh,span-softmax-inputs,expand-constants"
         return text.replace("pack-int4", f"{legalize},pack-int4")
 
     def check(self, model: Path) -> list[Finding]:
