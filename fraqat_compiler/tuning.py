@@ -164,7 +164,7 @@ class Tuning:
             weights=weights,
             activations=self.options.activations,
             skip=self.options.skip,
-            range_method=self.options.range_method,
+            range_method=self.options.range_method or ("mse" if self._steps and not self.options.dynamic else "minmax"),
             weight_range=self.options.weight_range or ("minmax" if self._steps else "mse"),
             strict=self.options.strict,
             dynamic=self.options.dynamic,

@@ -24,7 +24,7 @@ class Arm:
     trains: bool = True
 
 
-PLAIN = {"schedule": "fraqat", "loss": "mse", "recipe": ""}  # the paper's fine-tune
+PLAIN = {"schedule": "fraqat", "loss": "mse", "recipe": "", "range_method": "minmax"}  # the paper's fine-tune
 _LEARNED = {
     "loss": "mse,features{at=blocks.*}",
     "recipe": "lsq,ema{decay=0.95},adamw{cooldown=0.5 warmup=5}",
@@ -34,7 +34,11 @@ _LEARNED = {
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("auto", "the product's defaults", {"schedule": "auto", "loss": "auto", "recipe": "auto"}),
+        Arm(
+            "auto",
+            "the product's defaults",
+            {"schedule": "auto", "loss": "auto", "recipe": "auto", "range_method": None},
+        ),
         Arm("direct", "straight to the target width (the paper's vQAT)", {"schedule": "direct"}),
         Arm("integer", "8-7-6-5-4", {"schedule": "integer"}),
         Arm("coarse", "16-8-4", {"schedule": "coarse"}),
@@ -50,6 +54,11 @@ ARMS = {
             {"schedule": "direct", "recipe": "split-low-rank{rank=32}"},
         ),
         Arm("fraqat-mse", "fraqat on weight ranges of least squared error", {"weight_range": "mse"}),
+        Arm(
+            "direct-mse-ranges",
+            "direct on activation ranges of least squared error",
+            {"schedule": "direct", "range_method": "mse"},
+        ),
         Arm("fraqat-ema", "fraqat, weights averaged over the last stage", {"recipe": "ema"}),
         Arm("fraqat-features", "fraqat, distilled on every block too", {"loss": "mse,features{at=blocks.*}"}),
         Arm(
