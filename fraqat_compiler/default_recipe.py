@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 AUTO = "auto"
-SCHEDULE = "direct"
+SCHEDULE = "short"
 LOSS = "mse,features"
 RECIPE = "lsq,ema,adamw{cooldown=0.5}"
 NO_RECIPE = ""

@@ -53,6 +53,18 @@ class Direct:
 
 
 @dataclass(frozen=True)
+class Short:
+    """The last bit alone, in halves: end + 1, end + 0.5, end over 1 + 1 + 8 of 10 parts (5-4.5-4 for 4 bits)."""
+
+    name: ClassVar[str] = "short"
+
+    def down_to(self, end: float) -> list[Stage]:
+        """The three stages; none is above 8 bits."""
+        above = [Stage(width, 1) for width in (end + 1, end + 0.5) if width <= FRAQAT[0][0]]
+        return [*above, Stage(end, 8)]
+
+
+@dataclass(frozen=True)
 class Shared:
     """Base of the schedules whose end has a share of the budget and whose other stages share the rest evenly.
 
@@ -173,6 +185,6 @@ class Cosine(Curve):
         return end + (self.start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-Shape = Fraqat | Direct | Shared
-_ALL: tuple[type[Shape], ...] = (Fraqat, Integer, Coarse, Direct, Geometric, Linear, Cosine)
+Shape = Fraqat | Direct | Short | Shared
+_ALL: tuple[type[Shape], ...] = (Fraqat, Integer, Coarse, Direct, Short, Geometric, Linear, Cosine)
 SHAPES = {shape.name: shape for shape in _ALL}

@@ -61,9 +61,11 @@ def distance(graph: GraphModule, onnx_graph: gs.Graph, args: tuple[Any, ...], fo
     return max(float(np.abs(one.numpy() - other).max() / scale) for one, other, scale in pairs if scale)
 
 
-def htp_parity(model: nn.Module, x: torch.Tensor, activations: int, folder: Path) -> Parity:
+def htp_parity(
+    model: nn.Module, x: torch.Tensor, activations: int, folder: Path, target: HtpTarget | None = None
+) -> Parity:
     """The HTP library's emulator against onnxruntime, on the file that the htp target lowers a model to."""
-    target = HtpTarget()
+    target = target or HtpTarget()
     ctx = PassContext(target=target, example_inputs=((x,), {}))
     text = f"{target.prepare_pipeline()},insert-fake-quant{{weights=8 activations={activations}}}"
     graph = PassManager.from_text(text).run(capture(model.eval(), (x,)), ctx).model

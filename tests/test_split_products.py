@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fraqat_compiler.pass_base import PassContext
 from fraqat_compiler.passes.split_products import SplitProducts
+from fraqat_compiler.targets.htp.target import HtpTarget
 
 LOWER = f"{EXPORT},fold-fake-quant,share-qdq,quantize-constants,convert-widths"
 
@@ -50,6 +51,6 @@ def test_the_library_computes_it(tmp_path: Path) -> None:
     """As one product each they are 31 steps off in the mean and 183 at most."""
     pytest.importorskip("onnxruntime_qnn")
     torch.manual_seed(0)
-    distance = htp_parity(Scores(), torch.randn(1, 2, 16, 32), 16, tmp_path)
+    distance = htp_parity(Scores(), torch.randn(1, 2, 16, 32), 16, tmp_path, HtpTarget(split_products=True))
     assert distance.mean_lsb is not None and distance.mean_lsb <= 5
     assert distance.max_lsb is not None and distance.max_lsb <= 100
