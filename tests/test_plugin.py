@@ -113,7 +113,7 @@ from fraqat_compiler.conformance import check_target
 from fraqat_compiler.registry import parse_target
 print(len(check_target(parse_target("host-a16{threads=2}"))))
 """
-    assert run(script, example).strip() == "14"
+    assert run(script, example).strip() == "15"
 
 
 def test_listings_show_the_owner_and_what_is_wrong(misfits: str) -> None:
