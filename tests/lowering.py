@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ from fraqat_compiler.targets.htp import HtpTarget
 PREPARE = "remove-no-ops,fold-batch-norm,decompose-attention"
 EXPORT = "freeze-bit-width,export-onnx"
 LOWER = f"{EXPORT},fold-fake-quant,share-qdq,quantize-constants,pack-int4"
+
+
+class Applied(nn.Module):
+    """A function as a module without parameters."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
 
 
 def fake_quantized(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowering import htp_parity
-from torch import Tensor, nn
+from lowering import Applied, htp_parity
+from torch import Tensor
 from torch.fx import GraphModule
 
 from fraqat_compiler.capture import capture
@@ -31,15 +31,6 @@ RECIPROCALS: list[Function] = [
     lambda x: torch.rsqrt(x.abs() + 1) ** 2,
 ]
 OTHERS: list[Function] = [lambda x: 1 / (x.abs() + 1), lambda x: (x.abs() + 1) ** -1.5, lambda x: x / x.abs().sqrt()]
-
-
-class Applied(nn.Module):
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def _run(function: Function) -> tuple[list[str], bool]:

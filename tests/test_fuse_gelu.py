@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowering import htp_parity
+from lowering import Applied, htp_parity
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -18,15 +18,6 @@ from fraqat_compiler.pass_manager import PassManager
 from fraqat_compiler.passes.fuse_gelu import FuseGelu
 
 Function = Callable[[Tensor], Tensor]
-
-
-class Applied(nn.Module):
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 WRITTEN_OUT: list[Function] = [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lowering import Applied
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -48,15 +49,6 @@ OTHERS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / 8 + 1e-6),
     lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + x),
 ]
-
-
-class Applied(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 class OtherAxis(nn.Module):
