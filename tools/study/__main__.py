@@ -49,7 +49,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "study", help="folder for the results")
     parser.add_argument("--arms", default=",".join(ARMS), help="arms, with commas")
     parser.add_argument("--precisions", default="W4A8", help=f"of {', '.join(PRECISIONS)}, with commas")
-    parser.add_argument("--seeds", type=int, help="how many of the configuration's seeds")
+    parser.add_argument("--seeds", type=int, help="runs of each trained arm; the configuration has a number of its own")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder for study.md")
     options = parser.parse_args()
     for given, known in ((options.arms, ARMS), (options.precisions, PRECISIONS)):
@@ -64,7 +64,7 @@ def _study(options: argparse.Namespace) -> None:
     folder = options.out / config.name
     folder.mkdir(parents=True, exist_ok=True)
     bench = prepare(config, options.data, folder)
-    seeds = config.seeds[: options.seeds]
+    seeds = range(1, (options.seeds or config.seeds) + 1)
     arms = sorted(options.arms.split(","), key=_headline_first)
     save_samples(bench.judge.teacher, options.docs, config)
     for precision in options.precisions.split(","):
@@ -83,7 +83,7 @@ def runs_of(bench: Bench, precision: str, arms: Sequence[str], seeds: Sequence[i
         if not ARMS[arm].trains:
             yield RunKey(precision, arm, None, 0)
     trained = [arm for arm in arms if ARMS[arm].trains]
-    rates = {arm: best_rate(bench, precision, arm) for arm in trained}
+    rates = {arm: best_rate(bench, precision, ARMS[arm].rate_of or arm) for arm in trained}
     for seed in seeds:
         for arm in trained:
             yield RunKey(precision, arm, rates[arm], seed)

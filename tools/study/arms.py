@@ -16,12 +16,15 @@ class Arm:
         says: one line about it.
         options: of `compile`, over PLAIN.
         trains: False for post-training quantization, which has no learning rate and no seed.
+        rate_of: the arm whose learning rate this one takes, for one that differs from it in a single ingredient; an
+            arm without it has a sweep of its own.
     """
 
     name: str
     says: str
     options: Mapping[str, Any] = field(default_factory=dict)
     trains: bool = True
+    rate_of: str | None = None
 
 
 PLAIN = {"schedule": "fraqat", "loss": "mse", "recipe": "", "range_method": "minmax"}  # the paper's fine-tune
@@ -30,6 +33,12 @@ _LEARNED = {
     "recipe": "lsq,ema{decay=0.95},adamw{cooldown=0.5 warmup=5}",
     "range_method": "mse",
 }
+
+
+def _fraqat_with(name: str, says: str, **options: str) -> Arm:
+    """An ablation: one ingredient added to `fraqat`, at its learning rate."""
+    return Arm(f"fraqat-{name}", f"fraqat, {says}", options, rate_of="fraqat")
+
 
 ARMS = {
     arm.name: arm
@@ -53,14 +62,16 @@ ARMS = {
             "low-rank branch of rank 32, then direct",
             {"schedule": "direct", "recipe": "split-low-rank{rank=32}"},
         ),
-        Arm("fraqat-mse", "fraqat on weight ranges of least squared error", {"weight_range": "mse"}),
         Arm(
             "direct-mse-ranges",
             "direct on activation ranges of least squared error",
             {"schedule": "direct", "range_method": "mse"},
         ),
-        Arm("fraqat-ema", "fraqat, weights averaged over the last stage", {"recipe": "ema"}),
-        Arm("fraqat-features", "fraqat, distilled on every block too", {"loss": "mse,features{at=blocks.*}"}),
+        Arm(
+            "svdqat-32-mse-ranges",
+            "low-rank branch of rank 32 on the same ranges, then direct",
+            {"schedule": "direct", "recipe": "split-low-rank{rank=32}", "range_method": "mse"},
+        ),
         Arm(
             "learned",
             "learned ranges, distilled on every block too, long cooldown, averaged weights, direct",
@@ -72,12 +83,26 @@ ARMS = {
             {"schedule": "5x2,4.5x2,4x16"} | _LEARNED,
         ),
         Arm("lsq", "learned ranges of weights and activations, direct", {"schedule": "direct", "recipe": "lsq"}),
-        Arm("fraqat-lsq", "fraqat with learned ranges", {"recipe": "lsq"}),
         Arm(
             "blended", "FracBits' blend of two integer grids, linear", {"schedule": "linear", "recipe": "blended-grid"}
         ),
-        Arm("cosine", "continuous bits", {"schedule": "cosine"}),
+        Arm("geometric", "nine widths whose grid steps grow by one ratio", {"schedule": "geometric"}),
+        Arm("linear", "continuous bits along a line", {"schedule": "linear"}),
+        Arm("cosine", "continuous bits along half a cosine", {"schedule": "cosine"}),
         Arm("plateau", "a stage ends when its loss stops falling", {"schedule": "plateau"}),
+        _fraqat_with("mse", "weight ranges of least squared error", weight_range="mse"),
+        _fraqat_with("mse-ranges", "activation ranges of least squared error", range_method="mse"),
+        _fraqat_with("lsq", "learned ranges of weights and activations", recipe="lsq"),
+        _fraqat_with("features", "distilled on every block too", loss="mse,features{at=blocks.*}"),
+        _fraqat_with("ema", "weights averaged over the last stage", recipe="ema"),
+        _fraqat_with("no-cooldown", "the learning rate stays", recipe="adamw{cooldown=0}"),
+        _fraqat_with(
+            "cooldown", "the rate falls over half of the steps, not 0.3", recipe="adamw{cooldown=0.5}"
+        ),
+        _fraqat_with("decay", "weight decay", recipe="adamw{weight-decay=0.01}"),
+        _fraqat_with("reset", "the optimizer forgets between stages", recipe="adamw{state=reset}"),
+        _fraqat_with("dampen", "weights pulled to the middle of their bins", recipe="dampen"),
+        _fraqat_with("freeze", "oscillating weights fixed", recipe="freeze-oscillations"),
         Arm("rtn", "round to nearest, no training", {"steps": 0, "weight_range": "minmax"}, trains=False),
         Arm("mse", "ranges of least squared error, no training", {"steps": 0, "weight_range": "mse"}, trains=False),
     )
