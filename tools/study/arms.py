@@ -96,9 +96,7 @@ ARMS = {
         _fraqat_with("features", "distilled on every block too", loss="mse,features{at=blocks.*}"),
         _fraqat_with("ema", "weights averaged over the last stage", recipe="ema"),
         _fraqat_with("no-cooldown", "the learning rate stays", recipe="adamw{cooldown=0}"),
-        _fraqat_with(
-            "cooldown", "the rate falls over half of the steps, not 0.3", recipe="adamw{cooldown=0.5}"
-        ),
+        _fraqat_with("cooldown", "the rate falls over half of the steps, not 0.3", recipe="adamw{cooldown=0.5}"),
         _fraqat_with("decay", "weight decay", recipe="adamw{weight-decay=0.01}"),
         _fraqat_with("reset", "the optimizer forgets between stages", recipe="adamw{state=reset}"),
         _fraqat_with("dampen", "weights pulled to the middle of their bins", recipe="dampen"),
