@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from fraqat_compiler import lazy_values, qdq
+from fraqat_compiler import qdq
 from fraqat_compiler.pass_base import OnnxPass, PassContext, PassResult
+from fraqat_compiler.qdq_writer import Grid, Writer
 
-_LEVELS = 65535
 _SIGMOID = (0.0, 65535 / 65536)  # the grid that the library gives it whatever the file says
 _LOGARITHM = (-4.01, 0.0)  # -0.7 at the least; the rest is what a 16-bit Log needs, see span-logarithms
 _LEAST_SPAN = 1e-4  # of a grid of which no code is used
@@ -32,9 +31,9 @@ class DecomposeSoftplus(OnnxPass):
 
     def run(self, model: gs.Graph, ctx: PassContext) -> PassResult:
         wide = [node for node in model.nodes if node.op == "Softplus" and _is_wide(node)]
-        writer = _Writer(model)
+        writer = Writer(model)
         for node in wide:
-            writer.write(node)
+            _write_out(node, writer)
         if wide:
             qdq.finish(model)
         return PassResult(model, bool(wide), tuple(f"decomposed {node.name}" for node in wide))
@@ -45,49 +44,19 @@ def _is_wide(node: gs.Node) -> bool:
     return source is not None and qdq.is_scalar(source) and qdq.code_type(source) == np.uint16
 
 
-class _Writer:
-    """One run: new nodes and their constants have names of their own."""
+def _write_out(node: gs.Node, writer: Writer) -> None:
+    """Replace a Softplus; the quantizer of its result stays."""
+    x, result = node.inputs[0], node.outputs[0]
+    source = qdq.made_by(x, qdq.DEQUANTIZE)
+    assert source is not None
+    whole = Grid.of(source)
+    greatest = max(-whole.lowest, whole.highest, _LEAST_SPAN)
 
-    def __init__(self, graph: gs.Graph) -> None:
-        self.graph = graph
-        self.names = qdq.Names(graph)
-        self.constants = qdq.SharedConstants(graph, self.names)
+    def part(op: str, of: gs.Tensor, lowest: float, highest: float) -> gs.Variable:
+        return writer.quantized_op(op, node.name, [of], x.shape, Grid.spanning(lowest, highest, whole.stored))
 
-    def write(self, node: gs.Node) -> None:
-        """Replace a Softplus; the quantizer of its result stays."""
-        x, result = node.inputs[0], node.outputs[0]
-        lowest, highest = _range(qdq.made_by(x, qdq.DEQUANTIZE))
-        greatest = max(-lowest, highest, _LEAST_SPAN)
-        absolute = self._quantized("Abs", node, x, (0.0, greatest))
-        sigmoid = self._quantized("Sigmoid", node, absolute, _SIGMOID)
-        logarithm = self._quantized("Log", node, sigmoid, _LOGARITHM)
-        positive = self._quantized("Relu", node, x, (0.0, max(highest, _LEAST_SPAN)))
-        node.outputs.clear()
-        self._add("Sub", node, [positive, logarithm], result)
-
-    def _quantized(self, op: str, node: gs.Node, x: gs.Tensor, ends: tuple[float, float]) -> gs.Variable:
-        result = gs.Variable(self.names.free(f"{node.name}_{op.lower()}"), np.float32, x.shape)
-        self._add(op, node, [x], result)
-        return qdq.insert_pair(self.graph, self.names, result, self._grid(ends), [])
-
-    def _add(self, op: str, node: gs.Node, inputs: Sequence[gs.Tensor], result: gs.Variable) -> None:
-        prefix = node.name.removesuffix(node.op)
-        self.graph.nodes.append(gs.Node(op, self.names.free(f"{prefix}{op}"), {}, list(inputs), [result]))
-
-    def _grid(self, ends: tuple[float, float]) -> gs.Node:
-        """A quantizer to copy that spans the ends."""
-        scale = np.array((ends[1] - ends[0]) / _LEVELS, np.float32)
-        zero_point = np.array(round(-ends[0] / float(scale)), np.uint16)
-        wish = f"scale_{float(scale):.6g}"
-        return gs.Node(
-            qdq.QUANTIZE,
-            "",
-            {},
-            [gs.Variable(""), self.constants.get(wish, scale), self.constants.zero_point(zero_point)],
-        )
-
-
-def _range(quantizer: gs.Node | None) -> tuple[float, float]:
-    assert quantizer is not None
-    scale, zero_point = (float(lazy_values.values_of(item)) for item in quantizer.inputs[1:3])
-    return -zero_point * scale, (_LEVELS - zero_point) * scale
+    sigmoid = part("Sigmoid", part("Abs", x, 0.0, greatest), *_SIGMOID)
+    logarithm = part("Log", sigmoid, *_LOGARITHM)
+    positive = part("Relu", x, 0.0, max(whole.highest, _LEAST_SPAN))
+    node.outputs.clear()
+    writer.op("Sub", node.name, [positive, logarithm], result)

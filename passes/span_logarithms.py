@@ -10,8 +10,8 @@ import onnx_graphsurgeon as gs
 
 from fraqat_compiler import lazy_values, qdq
 from fraqat_compiler.pass_base import OnnxPass, PassContext, PassResult
+from fraqat_compiler.qdq_writer import Grid
 
-_LEVELS = 65535
 LEAST_SPAN = 4.0  # of the result: a step of 2 ** -14, the least normal number of float16
 _MARGIN = 1.001
 
@@ -42,20 +42,19 @@ def spanning(node: gs.Node) -> tuple[float, float] | None:
     results = [reader for reader in node.outputs[0].outputs if reader.op == qdq.QUANTIZE]
     if not results or qdq.code_type(results[0]) != np.uint16 or not qdq.is_scalar(results[0]):
         return None
-    scale, zero_point = (float(lazy_values.values_of(item)) for item in results[0].inputs[1:3])
-    highest = (_LEVELS - zero_point) * scale
-    return (highest - LEAST_SPAN * _MARGIN, highest) if scale * _LEVELS < LEAST_SPAN else None
+    grid = Grid.of(results[0])
+    too_narrow = grid.highest - grid.lowest < LEAST_SPAN
+    return (grid.highest - LEAST_SPAN * _MARGIN, grid.highest) if too_narrow else None
 
 
 def _set_range(node: gs.Node, lowest: float, highest: float, names: qdq.Names) -> None:
     """Constants of their own for the quantizers of the result, under the names that tell whose they are."""
     quantizers = [reader for reader in node.outputs[0].outputs if reader.op == qdq.QUANTIZE]
-    scale = np.float32((highest - lowest) / _LEVELS)
-    zero_point = np.array(round(-lowest / float(scale)), np.uint16)
+    grid = Grid.spanning(lowest, highest, np.dtype(np.uint16))
     name = quantizers[0].inputs[1].name
     quantizers[0].inputs[1].name = names.free(f"{name}_narrow")
-    wide = lazy_values.constant(name, np.asarray(scale))
-    offset = lazy_values.constant(names.free(f"{name}_zero_point"), zero_point)
+    wide = lazy_values.constant(name, np.array(grid.scale, np.float32))
+    offset = lazy_values.constant(names.free(f"{name}_zero_point"), np.array(grid.zero_point, grid.stored))
     for quantizer in quantizers:
         for item in (quantizer, *quantizer.outputs[0].outputs):
             item.inputs[1], item.inputs[2] = wide, offset

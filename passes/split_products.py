@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from fraqat_compiler import lazy_values, qdq
-from fraqat_compiler.lazy_values import Array
+from fraqat_compiler import qdq
 from fraqat_compiler.pass_base import OnnxPass, PassContext, PassResult
+from fraqat_compiler.qdq_writer import Grid, Writer
 
 _WIDE, _NARROW = np.dtype(np.uint16), np.dtype(np.uint8)
 _RATIO = 257  # 65535 / 255
@@ -32,40 +31,12 @@ class SplitProducts(OnnxPass):
 
     def run(self, model: gs.Graph, ctx: PassContext) -> PassResult:
         wide = [node for node in model.nodes if node.op == "MatMul" and _is_wide(node)]
-        writer = _Writer(model)
+        splitter = _Splitter(model)
         for node in wide:
-            writer.split(node)
+            splitter.split(node)
         if wide:
             qdq.finish(model)
         return PassResult(model, bool(wide), tuple(f"split {node.name}" for node in wide))
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Scale and zero point of a tensor."""
-
-    scale: float
-    zero_point: int
-    levels: int
-
-    @staticmethod
-    def of(quantizer: gs.Node) -> _Grid:
-        scale, zero_point = (lazy_values.values_of(item) for item in quantizer.inputs[1:3])
-        return _Grid(float(scale), int(zero_point), lazy_values.type_range(qdq.code_type(quantizer))[1])
-
-    @staticmethod
-    def spanning(lowest: float, highest: float, stored: np.dtype[np.generic]) -> _Grid:
-        levels = lazy_values.type_range(stored)[1]
-        scale = (highest - lowest) / levels
-        return _Grid(scale, round(-lowest / scale), levels)
-
-    @property
-    def lowest(self) -> float:
-        return -self.zero_point * self.scale
-
-    @property
-    def highest(self) -> float:
-        return (self.levels - self.zero_point) * self.scale
 
 
 def _is_wide(node: gs.Node) -> bool:
@@ -79,13 +50,11 @@ def _is_wide(node: gs.Node) -> bool:
     return node.inputs[1].shape is not None and all(qdq.code_type(item) == _WIDE for item in quantizers)
 
 
-class _Writer:
+class _Splitter:
     """One run: an operand that several products share is split once."""
 
     def __init__(self, graph: gs.Graph) -> None:
-        self.graph = graph
-        self.names = qdq.Names(graph)
-        self.constants = qdq.SharedConstants(graph, self.names)
+        self.writer = Writer(graph)
         self.parts: dict[str, tuple[gs.Variable, gs.Variable, float]] = {}
 
     def split(self, node: gs.Node) -> None:
@@ -94,65 +63,40 @@ class _Writer:
         if second.name not in self.parts:
             self.parts[second.name] = self._bytes(second)
         high, low, step = self.parts[second.name]
-        whole = _Grid.of(result.outputs[0])
-        rest = self._bound(first, int(second.shape[-2]) * step, whole)
+        whole = Grid.of(result.outputs[0])
+        rest = _bound(first, int(second.shape[-2]) * step, whole)
         node.outputs.clear()
-        above = _Grid.spanning(whole.lowest - rest, whole.highest + rest, _WIDE)
+        grids = (Grid.spanning(whole.lowest - rest, whole.highest + rest, _WIDE), Grid.spanning(-rest, rest, _WIDE))
         products = [
-            self._quantized("MatMul", node.name, [first, high], result.shape, above, _WIDE),
-            self._quantized("MatMul", node.name, [first, low], result.shape, _Grid.spanning(-rest, rest, _WIDE), _WIDE),
+            self.writer.quantized_op("MatMul", node.name, [first, part], result.shape, grid)
+            for part, grid in zip((high, low), grids, strict=True)
         ]
-        self._add("Add", node.name, products, result)
+        self.writer.op("Add", node.name, products, result)
 
     def _bytes(self, tensor: gs.Tensor) -> tuple[gs.Variable, gs.Variable, float]:
         """The two parts of an operand, and the step of the first, within which the second stays."""
-        source = qdq.made_by(tensor, qdq.DEQUANTIZE)
-        assert source is not None
-        whole, name = _Grid.of(source), source.outputs[0].name
+        whole = _grid_of(tensor)
         step = (whole.highest - whole.lowest) / 254  # one code of 255 is left for rounding zero_point
-        coarse = _Grid(step, round(-whole.lowest / step), 255)
-        fine = _Grid(step / _RATIO, coarse.zero_point * _RATIO, whole.levels)
-        high = self._pair(tensor, coarse, _NARROW)
-        exact = self._pair(high, fine, _WIDE)
-        low = self._quantized("Sub", f"{name}/Sub", [tensor, exact], tensor.shape, _centred(step), _NARROW)
+        coarse = Grid(step, round(-whole.lowest / step), _NARROW)
+        fine = Grid(step / _RATIO, coarse.zero_point * _RATIO, _WIDE)
+        high = self.writer.pair(tensor, coarse)
+        exact = self.writer.pair(high, fine)
+        low = self.writer.quantized_op("Sub", f"{tensor.name}/Sub", [tensor, exact], tensor.shape, _centred(step))
         return high, low, step
 
-    def _bound(self, first: gs.Tensor, most: float, whole: _Grid) -> float:
-        """What the second product stays below; where a sum of many could go beyond, its grid is kept fine instead."""
-        source = qdq.made_by(first, qdq.DEQUANTIZE)
-        assert source is not None
-        grid = _Grid.of(source)
-        return min(most * max(-grid.lowest, grid.highest), (whole.highest - whole.lowest) / _SHARE)
 
-    def _quantized(
-        self,
-        op: str,
-        name: str,
-        inputs: Sequence[gs.Tensor],
-        shape: Sequence[int],
-        grid: _Grid,
-        stored: np.dtype[np.generic],
-    ) -> gs.Variable:
-        result = gs.Variable(self.names.free(f"{name}_{op.lower()}"), np.float32, shape)
-        self._add(op, name, inputs, result)
-        return self._pair(result, grid, stored)
-
-    def _add(self, op: str, name: str, inputs: Sequence[gs.Tensor], result: gs.Tensor) -> None:
-        prefix = name.rpartition("/")[0]
-        self.graph.nodes.append(gs.Node(op, self.names.free(f"{prefix}/{op}"), {}, list(inputs), [result]))
-
-    def _pair(self, tensor: gs.Tensor, grid: _Grid, stored: np.dtype[np.generic]) -> gs.Variable:
-        scale: Array = np.array(grid.scale, np.float32)
-        constants = [
-            self.constants.get(f"scale_{grid.scale:.6g}", scale),
-            self.constants.zero_point(np.array(grid.zero_point, stored)),
-        ]
-        like = gs.Node(qdq.QUANTIZE, "", {}, [gs.Variable(""), *constants])
-        result = qdq.insert_pair(self.graph, self.names, tensor, like, [])
-        like.inputs.clear()
-        return result
+def _grid_of(tensor: gs.Tensor) -> Grid:
+    source = qdq.made_by(tensor, qdq.DEQUANTIZE)
+    assert source is not None
+    return Grid.of(source)
 
 
-def _centred(step: float) -> _Grid:
+def _bound(first: gs.Tensor, most: float, whole: Grid) -> float:
+    """What the second product stays below; where a sum of many could go beyond, its grid is kept fine instead."""
+    grid = _grid_of(first)
+    return min(most * max(-grid.lowest, grid.highest), (whole.highest - whole.lowest) / _SHARE)
+
+
+def _centred(step: float) -> Grid:
     """8 bits over two steps around 0, since the library rounds to a grid less exactly than to half a step."""
-    return _Grid(step / 127, 127, 255)
+    return Grid(step / 127, 127, _NARROW)
