@@ -16,8 +16,8 @@ class Arm:
         says: one line about it.
         options: of `compile`, over PLAIN.
         trains: False for post-training quantization, which has no learning rate and no seed.
-        rate_of: the arm whose learning rate this one takes, for one that differs from it in a single ingredient; an
-            arm without it has a sweep of its own.
+        rate_of: the arm whose learning rate this one takes, for one that differs from it in a single choice; an arm
+            without it has a sweep of its own.
     """
 
     name: str
@@ -56,6 +56,7 @@ ARMS = {
             "svdqat",
             "low-rank branch of rank 16, then direct",
             {"schedule": "direct", "recipe": "split-low-rank{rank=16}"},
+            rate_of="svdqat-32",
         ),
         Arm(
             "svdqat-32",
@@ -86,10 +87,10 @@ ARMS = {
         Arm(
             "blended", "FracBits' blend of two integer grids, linear", {"schedule": "linear", "recipe": "blended-grid"}
         ),
-        Arm("geometric", "nine widths whose grid steps grow by one ratio", {"schedule": "geometric"}),
-        Arm("linear", "continuous bits along a line", {"schedule": "linear"}),
-        Arm("cosine", "continuous bits along half a cosine", {"schedule": "cosine"}),
-        Arm("plateau", "a stage ends when its loss stops falling", {"schedule": "plateau"}),
+        Arm("geometric", "nine widths whose grid steps grow by one ratio", {"schedule": "geometric"}, rate_of="fraqat"),
+        Arm("linear", "continuous bits along a line", {"schedule": "linear"}, rate_of="fraqat"),
+        Arm("cosine", "continuous bits along half a cosine", {"schedule": "cosine"}, rate_of="fraqat"),
+        Arm("plateau", "a stage ends when its loss stops falling", {"schedule": "plateau"}, rate_of="fraqat"),
         _fraqat_with("mse", "weight ranges of least squared error", weight_range="mse"),
         _fraqat_with("mse-ranges", "activation ranges of least squared error", range_method="mse"),
         _fraqat_with("lsq", "learned ranges of weights and activations", recipe="lsq"),
