@@ -23,11 +23,15 @@ class FuseRmsNorm(FxPass):
 
     Before: `x * rsqrt(mean(x ** 2, -1) + eps) * gamma`, or `x / sqrt(...) * gamma`, as divide-by-roots leaves it.
     After: `rms_norm(x, gamma, eps)` between reshapes to [rows, size] and back where x has several leading dimensions.
-    Written out it takes five quantizers; RMSNormalization of opset 23 the HTP library computes within a step, but at 8
-    bits not over several leading dimensions. Does nothing to other uses of roots.
+    Written out it takes five quantizers, one of them on squares, where 8 bits know nothing but the greatest;
+    RMSNormalization of opset 23 the HTP library computes within a step, but at 8 bits not over several leading
+    dimensions. Does nothing to other uses of roots.
+
+    Option: `rows`, false leaves the shapes alone.
     """
 
     name: ClassVar[str] = "fuse-rms-norm"
+    rows: bool = True
 
     def run(self, model: GraphModule, ctx: PassContext) -> PassResult:
         changes = []
@@ -35,7 +39,7 @@ class FuseRmsNorm(FxPass):
             if op_name(node) in ("aten.rsqrt", "aten.sqrt") or _is_power(node, 0.5):
                 changes += [f"fused {name}" for name in _fuse(model, node)]
         for node in model.graph.find_nodes(op="call_function", target=_aten.rms_norm.default):
-            if _flatten(node):
+            if self.rows and _flatten(node):
                 changes.append(f"gave {layer_name(node)} rows")
         fx_graph.finish(model)
         return PassResult(model, bool(changes), tuple(changes))

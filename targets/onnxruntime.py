@@ -66,6 +66,11 @@ class OnnxRuntimeTarget(Target):
             return spec
         return dataclasses.replace(spec, range_max=HIGHEST_PROBABILITY) if spec.bit_width == 8 else spec
 
+    def prepare_pipeline(self) -> str:
+        """An RMSNorm that is written out becomes one op: in between it is computed in float."""
+        fused = "fuse-rms-norm{rows=false},decompose-attention"
+        return super().prepare_pipeline().replace("decompose-attention", fused)
+
     def check(self, model: Path) -> list[Finding]:
         """Ask ONNX Runtime: first about the whole model, then, where it refuses, about each node."""
         graph = read_model(model)

@@ -11,9 +11,11 @@ from lowering import Applied
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+import fraqat_compiler
 from fraqat_compiler import onnx_io, parity
 from fraqat_compiler.calibration import calibrate
 from fraqat_compiler.capture import capture
+from fraqat_compiler.losses import relative_error
 from fraqat_compiler.ops import op_name
 from fraqat_compiler.pass_base import PassContext
 from fraqat_compiler.pass_manager import PassManager
@@ -87,6 +89,23 @@ def test_rows_along_several_dimensions_become_one() -> None:
     assert modified
     assert _names(graph) == ["aten.reshape", "aten.rms_norm", "aten.reshape"]
     assert not FuseRmsNorm().run(graph, PassContext()).modified
+
+
+def test_shapes_are_left_alone_on_request() -> None:
+    graph = capture(WrittenOut(), (torch.randn(2, 3, 4, 16),))
+    assert FuseRmsNorm(rows=False).run(graph, PassContext()).modified
+    assert _names(graph) == ["aten.rms_norm"]
+
+
+def test_rows_of_two_sizes_survive_8_bits_on_the_cpu(tmp_path: Path) -> None:
+    """As in language models, whose first token is huge: 8-bit codes of the mean squares would be 0 for the others."""
+    torch.manual_seed(0)
+    x, model = torch.randn(64, 16), WrittenOut()
+    x[0] *= 30
+    fraqat_compiler.compile(model, (x,), output=tmp_path / "out", weights="8", activations="8", steps=0)
+    (actual,) = parity.onnx_runner(tmp_path / "out" / "model.onnx", optimized=True)({"x": x.numpy()}).values()
+    with torch.no_grad():
+        assert float(relative_error(torch.from_numpy(actual), model(x))) < 0.02
 
 
 @pytest.mark.parametrize("norm", NORMS)
