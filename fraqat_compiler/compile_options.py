@@ -9,7 +9,7 @@ from typing import Any
 
 from fraqat_compiler.auto_widths import asked_widths
 from fraqat_compiler.capture import Tracer
-from fraqat_compiler.default_recipe import AUTO, loss_of, recipe_of, schedule_of
+from fraqat_compiler.default_recipe import AUTO, recipe_of, schedule_of
 from fraqat_compiler.errors import UsageError
 from fraqat_compiler.losses import parse_losses
 from fraqat_compiler.quant_spec import MAX_EXPORTED_BIT_WIDTH, RangeMethod
@@ -87,7 +87,6 @@ def make_options(options: dict[str, Any], *, exported: bool) -> CompileOptions:
         weights=str(settings.weights),
         activations=str(settings.activations),
         schedule=schedule_of(settings.schedule),
-        loss=loss_of(settings.loss),
         recipe=recipe_of(settings.recipe, steps=settings.steps),
     )
     if exported:
@@ -124,7 +123,8 @@ def _refuse_unusable(settings: CompileOptions) -> None:
 
 def _refuse_idle(settings: CompileOptions) -> None:
     """Texts that do not parse, and ingredients of a fine-tune that is not asked for."""
-    parse_losses(settings.loss)
+    if settings.loss != AUTO:  # which says what it is when the job is known
+        parse_losses(settings.loss)
     idle = parse_recipe(settings.recipe).needs_training
     if settings.steps == 0 and idle:
         raise UsageError(f"--recipe {idle[0]} needs a fine-tune, and --steps is 0.", "Leave one of them out.")

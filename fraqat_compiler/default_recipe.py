@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from fraqat_compiler.job import Outputs
+
 AUTO = "auto"
 SCHEDULE = "short"
-LOSS = "mse,features"
+LOSSES: dict[Outputs, str] = {"values": "mse,features", "logits": "kl,features"}
 RECIPE = "lsq,ema,adamw{cooldown=0.5}"
 NO_RECIPE = ""
 
@@ -17,9 +19,9 @@ def schedule_of(text: str) -> str:
     return SCHEDULE if text == AUTO else text
 
 
-def loss_of(text: str) -> str:
-    """The loss that an option asks for."""
-    return LOSS if text == AUTO else text
+def loss_of(text: str, outputs: Outputs) -> str:
+    """The loss that an option asks for, of a job with such outputs."""
+    return LOSSES[outputs] if text == AUTO else text
 
 
 def recipe_of(text: str, *, steps: int | None) -> str:

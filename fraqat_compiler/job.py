@@ -12,7 +12,9 @@ and, where it can,
 - `loss(outputs, batch)`: a scalar tensor, for the loss `task`; then batches of `train_data()` may hold more than the
   model's inputs (positional entries after them, or further names), which only this function sees,
 - `evaluate(run) -> dict[str, float]`: metrics of anything that is called like the model,
-- `samples(run)`: an image array, uint8 (height, width) or (height, width, 3), for the report.
+- `samples(run)`: an image array, uint8 (height, width) or (height, width, 3), for the report,
+- `outputs = "logits"`: the outputs are logits of a distribution, so what they are tuned by unless `--loss` says
+  otherwise is a divergence (`kl`), not a squared error.
 
 A batch is a tuple of positional or a dict of keyword inputs. `file.py:function` names a function that returns a `Job`,
 or an object or dict with the functions above. Modules beside a job file are importable while its code runs.
@@ -30,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -41,6 +43,7 @@ from fraqat_compiler.siblings import siblings
 
 Batch = Any
 Run = Callable[..., Any]
+Outputs = Literal["values", "logits"]
 _REQUIRED = ("model", "example_inputs")
 _OPTIONAL = ("calibration_data", "train_data", "loss", "evaluate", "samples")
 _WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")
@@ -53,6 +56,7 @@ class Job:
 
     Attributes:
         name: for the report.
+        outputs: what the model's outputs are; a loss of the fine-tune follows from it.
     """
 
     name: str
@@ -63,9 +67,24 @@ class Job:
     loss: Callable[[Any, Batch], torch.Tensor] | None = None
     evaluate: Callable[[Run], dict[str, float]] | None = None
     samples: Callable[[Run], Any] | None = None
+    outputs: Outputs = "values"
+
+    def __post_init__(self) -> None:
+        if self.outputs not in get_args(Outputs):
+            raise JobError(
+                f"the job's outputs are {self.outputs!r}.", f"Write {' or '.join(map(repr, get_args(Outputs)))}."
+            )
 
     @classmethod
-    def from_model(cls, model: nn.Module, example_inputs: Any, name: str | None = None, **functions: Any) -> Job:
+    def from_model(
+        cls,
+        model: nn.Module,
+        example_inputs: Any,
+        name: str | None = None,
+        *,
+        outputs: Outputs = "values",
+        **functions: Any,
+    ) -> Job:
         """A job for a module in memory; `functions` are the optional ones by name.
 
         Raises:
@@ -74,7 +93,7 @@ class Job:
         if example_inputs is None:
             raise JobError("a module is compiled on example inputs, and none were given.", "Pass example_inputs=(...).")
         given = {"model": lambda: model, "example_inputs": lambda: example_inputs, **functions}
-        return _checked_job(name or type(model).__name__, given)
+        return _checked_job(name or type(model).__name__, given, outputs)
 
     def calibration_batches(self) -> Iterator[Batch]:
         """Calibration batches, each held against the example inputs.
@@ -203,7 +222,7 @@ def _call(module: ModuleType, function: str, text: str) -> Any:
 
 def _job_of(holder: Any, name: str, origin: _Origin) -> Job:
     names = (*_REQUIRED, *_OPTIONAL, "weights")
-    parts = holder if isinstance(holder, Mapping) else {key: getattr(holder, key, None) for key in names}
+    parts = holder if isinstance(holder, Mapping) else {key: getattr(holder, key, None) for key in (*names, "outputs")}
     functions = {key: part for key in names if callable(part := parts.get(key))}
     for required in _REQUIRED:
         if required not in functions:
@@ -215,12 +234,15 @@ def _job_of(holder: Any, name: str, origin: _Origin) -> Job:
             f"{origin.text} defines weights(), and weights cannot be streamed from shards yet.",
             "Load them in model() and remove weights().",
         )
-    return _checked_job(name, {key: origin.guarded(function) for key, function in functions.items()})
+    guarded = {key: origin.guarded(function) for key, function in functions.items()}
+    outputs = parts.get("outputs")
+    return _checked_job(name, guarded, outputs if isinstance(outputs, str) else "values")
 
 
-def _checked_job(name: str, functions: Mapping[str, Callable[..., Any]]) -> Job:
+def _checked_job(name: str, functions: Mapping[str, Callable[..., Any]], outputs: Any) -> Job:
     checks = {"model": _module, "example_inputs": _inputs, "calibration_data": _batches, "train_data": _batches}
-    return Job(name=name, **{key: _checked(key, function, checks.get(key)) for key, function in functions.items()})
+    checked = {key: _checked(key, function, checks.get(key)) for key, function in functions.items()}
+    return Job(name=name, outputs=outputs, **checked)
 
 
 def _checked(name: str, function: Callable[..., Any], refusal: Callable[[Any], str] | None) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
 """Jobs of causal language models: tokens in, logits out, tuned by KL on packed sequences, measured by perplexity.
 
-    job = language_job(lambda: Logits(AutoModelForCausalLM.from_pretrained(...)), tokens, held_out, length=256)
+    job = language_job(lambda: Logits(AutoModelForCausalLM.from_pretrained(...)), tokens, held_out)
 
-and `--loss kl`. The graph has fixed shapes: (batch, length) tokens.
+The graph has fixed shapes: (batch, length) tokens.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def language_job(
         held_out: sequences for the metric `perplexity`; None measures none.
         batch: sequences in a batch.
         name: of the model.
-        functions: further functions of the job, by name; they replace the ones made here.
+        functions: further parts of the job, by name; they replace the ones made here.
 
     Raises:
         DataError: when the job is used: fewer sequences than a batch holds.
@@ -112,6 +112,7 @@ def language_job(
         "train_data": train,
         "loss": next_token_loss,
         "evaluate": evaluate if held_out else None,
+        "outputs": "logits",
     }
     return Job(name, model, **(parts | functions))
 

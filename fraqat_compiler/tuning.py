@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import resource
 import time
@@ -23,6 +24,7 @@ from fraqat_compiler.auto_widths import parse_auto
 from fraqat_compiler.calibration import Batch, calibrate, first_samples
 from fraqat_compiler.capture import capture
 from fraqat_compiler.compile_options import CompileOptions
+from fraqat_compiler.default_recipe import loss_of
 from fraqat_compiler.errors import DataError, UsageError
 from fraqat_compiler.fine_tune import FineTuneResult, fine_tune
 from fraqat_compiler.instruments import Instrument
@@ -82,6 +84,8 @@ class Tuning:
     pipelines: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        loss = loss_of(self.options.loss, self.job.outputs)
+        self.options = dataclasses.replace(self.options, loss=loss)
         self.recipe: Recipe = parse_recipe(self.options.recipe)
         self.auto = parse_auto(self.options.weights)
         self.assignment: dict[str, Any] | None = None

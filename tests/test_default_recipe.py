@@ -11,13 +11,14 @@ from torch import nn
 
 from fraqat_compiler import Job, simulate
 from fraqat_compiler.compile_options import make_options
-from fraqat_compiler.default_recipe import LOSS, RECIPE
+from fraqat_compiler.default_recipe import RECIPE
+from fraqat_compiler.job import Outputs
 
 
 @pytest.mark.parametrize(("steps", "recipe"), [(None, RECIPE), (10, RECIPE), (0, "")])
 def test_the_defaults_are_written_out(steps: int | None, recipe: str) -> None:
     options = make_options({"steps": steps}, exported=True)
-    assert (options.loss, options.recipe) == (LOSS, recipe)
+    assert options.recipe == recipe
 
 
 def test_what_is_asked_for_is_kept() -> None:
@@ -43,3 +44,11 @@ def test_a_fine_tune_by_default_comes_nearer_than_rounding(tmp_path: Path) -> No
         return float((result.student(inputs) - model(inputs)).square().mean())
 
     assert error(100) < error(0)
+
+
+@pytest.mark.parametrize(("outputs", "loss"), [("values", "mse,features"), ("logits", "kl,features")])
+def test_the_default_loss_follows_from_what_the_outputs_are(outputs: Outputs, loss: str, tmp_path: Path) -> None:
+    model, inputs = nn.Linear(4, 4), (torch.randn(2, 4),)
+    job = Job.from_model(model, inputs, train_data=lambda: [inputs], outputs=outputs)
+    assert simulate(job, output=tmp_path, steps=10).report["options"]["loss"] == loss
+    assert simulate(job, output=tmp_path, steps=10, loss="mse").report["options"]["loss"] == "mse"

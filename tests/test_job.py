@@ -41,6 +41,13 @@ def test_a_file_defines_a_job(tmp_path: Path) -> None:
     assert list(job.calibration_batches()) == []
 
 
+def test_a_job_says_what_its_outputs_are(tmp_path: Path) -> None:
+    assert load_job(str(write(tmp_path, GOOD))).outputs == "values"
+    assert load_job(str(write(tmp_path, f'{GOOD}\noutputs = "logits"\n'))).outputs == "logits"
+    with pytest.raises(JobError, match="'values' or 'logits'"):
+        load_job(str(write(tmp_path, f'{GOOD}\noutputs = "classes"\n')))
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [("a/mini.py", "mini"), ("a/job.py", "a"), ("a/job.py:big", "a"), ("package.module:build", "module")],
