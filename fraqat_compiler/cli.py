@@ -10,16 +10,26 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fraqat_compiler.answers import Answer, answering
-from fraqat_compiler.default_recipe import AUTO
-from fraqat_compiler.quant_spec import RangeMethod
+from fraqat_compiler.cli_options import (
+    CheckFlags,
+    CompileFlags,
+    Debug,
+    Folder,
+    JobText,
+    Json,
+    Output,
+    Resume,
+    SimulateFlags,
+    WatchFlags,
+    grouped,
+)
 
 if TYPE_CHECKING:
-    from fraqat_compiler.instruments import Instrument
     from fraqat_compiler.registry import Kind
 
 app = typer.Typer(
@@ -31,122 +41,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_IR, _TUNE = "Looking inside", "Fine-tune"
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a compile.")]
-PrintBefore = Annotated[
-    list[str] | None,
-    typer.Option("--print-ir-before", metavar="PASS", help="Print the graph before a pass.", rich_help_panel=_IR),
-]
-PrintAfter = Annotated[
-    list[str] | None,
-    typer.Option("--print-ir-after", metavar="PASS", help="Print the graph after a pass.", rich_help_panel=_IR),
-]
-PrintAll = Annotated[
-    bool, typer.Option("--print-ir-after-all", help="Print the graph after every pass.", rich_help_panel=_IR)
-]
-PrintChange = Annotated[
-    bool,
-    typer.Option("--print-ir-after-change", help="Print it after every pass that changed it.", rich_help_panel=_IR),
-]
-DumpIr = Annotated[
-    Path | None,
-    typer.Option("--dump-ir", metavar="DIR", help="Write the graph after every pass to DIR.", rich_help_panel=_IR),
-]
-TimePasses = Annotated[bool, typer.Option("--time-passes", help="Print the time of each pass.", rich_help_panel=_IR)]
-JobText = Annotated[str, typer.Argument(metavar="JOB", help="FILE.py, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION.")]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results (default: out/JOB).")
-]
-Weights = Annotated[
-    str,
-    typer.Option(
-        metavar="BITS", help="Weight bits; overrides by module: 4,lm_head=8. By sensitivity: auto{mean-bits=4.5}."
-    ),
-]
-Activations = Annotated[str, typer.Option(metavar="BITS", help="Activation bits: 8,proj_out=16.")]
-Schedule = Annotated[
-    str,
-    typer.Option(metavar="NAME|TEXT", help="Bits over the fine-tune: a name, as geometric{stages=5}, or 8x1,6x1,4x2."),
-]
-Steps = Annotated[int | None, typer.Option(min=0, help="Steps of the fine-tune; 0 is post-training quantization.")]
-Epochs = Annotated[float | None, typer.Option(help="The same in passes over the training data.", rich_help_panel=_TUNE)]
-Loss = Annotated[
-    str,
-    typer.Option(
-        metavar="TEXT", help="Loss: mse, kl, features{at=...}, task, with commas; or auto.", rich_help_panel=_TUNE
-    ),
-]
-Train = Annotated[
-    str,
-    typer.Option(
-        metavar="NAMES", help="What is trained: all, ff, attn, blocks, module patterns.", rich_help_panel=_TUNE
-    ),
-]
-RecipeText = Annotated[
-    str,
-    typer.Option(
-        "--recipe", metavar="TEXT", help="Ingredients: adamw{...},ema,lsq,...; or auto.", rich_help_panel=_TUNE
-    ),
-]
-TargetText = Annotated[str, typer.Option("--target", metavar="TEXT", help="Target, as in htp{soc=sm8750}.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")]
-Strict = Annotated[bool, typer.Option("--strict", help="An op that stays in float is an error.")]
-Skip = Annotated[str, typer.Option(metavar="NAMES", help="Modules left in float, with commas; * matches.")]
-CalibrationRange = Annotated[
-    RangeMethod | None,
-    typer.Option(
-        "--calibration-range",
-        help="How activation ranges follow from the data (default: minmax; mse with a fine-tune).",
-    ),
-]
-CalibrationSamples = Annotated[
-    int | None, typer.Option(min=1, help="Samples of the data that are used (default: all).")
-]
-WeightRange = Annotated[
-    RangeMethod | None, typer.Option(help="The same for weights (default: mse; minmax with a fine-tune).")
-]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_TUNE)]
-CheckpointEvery = Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_TUNE)]
-VerifyEach = Annotated[
-    bool,
-    typer.Option("--verify-each/--no-verify-each", help="Verify the graph after every pass.", rich_help_panel=_IR),
-]
-
 
 @app.command("compile")
 @answering
+@grouped
 def compile_job(
     job: JobText,
+    *,
     output: Output = None,
-    weights: Weights = "4",
-    activations: Activations = "8",
-    schedule: Schedule = AUTO,
-    steps: Steps = None,
-    epochs: Epochs = None,
-    loss: Loss = AUTO,
-    train: Train = "all",
-    recipe: RecipeText = AUTO,
-    target: TargetText = "onnxruntime",
-    seed: Seed = 0,
+    flags: CompileFlags,
     resume: Resume = False,
-    strict: Strict = False,
-    skip: Skip = "",
-    range_method: CalibrationRange = None,
-    calibration_samples: CalibrationSamples = None,
-    weight_range: WeightRange = None,
-    lr: LearningRate = None,
-    checkpoint_every: CheckpointEvery = None,
-    tracer: Annotated[Literal["export", "symbolic_trace"], typer.Option(help="How the model is captured.")] = "export",
-    print_ir_before: PrintBefore = None,
-    print_ir_after: PrintAfter = None,
-    print_ir_after_all: PrintAll = False,
-    print_ir_after_change: PrintChange = False,
-    dump_ir: DumpIr = None,
-    time_passes: TimePasses = False,
-    verify_each: VerifyEach = True,
+    watch: WatchFlags,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Answer:
@@ -157,64 +62,22 @@ def compile_job(
     from fraqat_compiler.progress import RichProgress
 
     folder = output or Path("out") / job_name(job)
-    watch = _Watch(
-        print_ir_before, print_ir_after, print_ir_after_all, print_ir_after_change, dump_ir, time_passes, verify_each
-    )
     with watch.instruments() as instruments, _kept_on_interrupt(folder):
         result = compile_for_target(
-            job,
-            output=folder,
-            resume=resume,
-            progress=RichProgress(),
-            instruments=instruments,
-            weights=weights,
-            activations=activations,
-            schedule=schedule,
-            steps=steps,
-            epochs=epochs,
-            loss=loss,
-            train=train,
-            recipe=recipe,
-            target=target,
-            seed=seed,
-            strict=strict,
-            skip=skip,
-            range_method=range_method,
-            calibration_samples=calibration_samples,
-            weight_range=weight_range,
-            lr=lr,
-            tracer=tracer,
-            checkpoint_every=checkpoint_every,
+            job, output=folder, resume=resume, progress=RichProgress(), instruments=instruments, **vars(flags)
         )
     return Answer(result.report, lambda console: terminal.show_report(console, result.report, folder))
 
 
 @app.command("simulate")
 @answering
+@grouped
 def simulate_job(
     job: JobText,
+    *,
     output: Output = None,
-    weights: Weights = "4",
-    activations: Activations = "8",
-    schedule: Schedule = AUTO,
-    steps: Steps = None,
-    epochs: Epochs = None,
-    loss: Loss = AUTO,
-    train: Train = "all",
-    recipe: RecipeText = AUTO,
-    target: TargetText = "onnxruntime",
-    seed: Seed = 0,
+    flags: SimulateFlags,
     resume: Resume = False,
-    strict: Strict = False,
-    skip: Skip = "",
-    range_method: CalibrationRange = None,
-    calibration_samples: CalibrationSamples = None,
-    weight_range: WeightRange = None,
-    lr: LearningRate = None,
-    checkpoint_every: CheckpointEvery = None,
-    dynamic: Annotated[
-        bool, typer.Option("--dynamic", help="Activation ranges from every token anew, as no file can hold them.")
-    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Answer:
@@ -226,30 +89,7 @@ def simulate_job(
 
     folder = output or Path("out") / job_name(job)
     with _kept_on_interrupt(folder):
-        result = simulate(
-            job,
-            output=folder,
-            resume=resume,
-            progress=RichProgress(),
-            weights=weights,
-            activations=activations,
-            schedule=schedule,
-            steps=steps,
-            epochs=epochs,
-            loss=loss,
-            train=train,
-            recipe=recipe,
-            target=target,
-            seed=seed,
-            strict=strict,
-            skip=skip,
-            range_method=range_method,
-            calibration_samples=calibration_samples,
-            weight_range=weight_range,
-            lr=lr,
-            checkpoint_every=checkpoint_every,
-            dynamic=dynamic,
-        )
+        result = simulate(job, output=folder, resume=resume, progress=RichProgress(), **vars(flags))
     return Answer(result.report, lambda console: terminal.show_simulation(console, result.report, folder))
 
 
@@ -270,67 +110,16 @@ def _kept_on_interrupt(folder: Path) -> Iterator[None]:
         raise
 
 
-@dataclasses.dataclass(frozen=True)
-class _Watch:
-    """The flags that look inside a pipeline."""
-
-    before: list[str] | None
-    after: list[str] | None
-    after_all: bool
-    after_change: bool
-    folder: Path | None
-    time_passes: bool
-    verify_each: bool
-
-    @contextmanager
-    def instruments(self) -> Iterator[list[Instrument]]:
-        """The instruments that the flags ask for; times are printed at the end, also of a pipeline that failed."""
-        from fraqat_compiler.instruments import Timing, Verification, stderr_console
-
-        timing = Timing()
-        verification = [Verification()] if self.verify_each else []
-        try:
-            yield [*self._dump(), *verification, *([timing] if self.time_passes else [])]
-        finally:
-            if timing.seconds:
-                stderr_console().print(timing.table())
-
-    def _dump(self) -> list[Instrument]:
-        from fraqat_compiler.instruments import IRDump
-
-        before, after = self.before or (), self.after or ()
-        if not (before or after or self.after_all or self.after_change or self.folder):
-            return []
-        _refuse_unknown([*before, *after])
-        return [IRDump(before, after, after_all=self.after_all, after_change=self.after_change, folder=self.folder)]
-
-
-def _refuse_unknown(names: list[str]) -> None:
-    from fraqat_compiler.registry import find_pass
-
-    for name in names:
-        find_pass(name)
-
-
 @app.command("check")
 @answering
-def check_job(
-    job: Annotated[str, typer.Argument(metavar="JOB", help="As for compile.")],
-    weights: Weights = "4",
-    activations: Activations = "8",
-    target: Annotated[str, typer.Option(metavar="TEXT", help="Target, as in htp{soc=sm8750}.")] = "onnxruntime",
-    skip: Annotated[str, typer.Option(metavar="NAMES", help="Modules left in float, with commas; * matches.")] = "",
-    tracer: Annotated[Literal["export", "symbolic_trace"], typer.Option(help="How the model is captured.")] = "export",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> Answer:
+@grouped
+def check_job(job: JobText, flags: CheckFlags, as_json: Json = False, debug: Debug = False) -> Answer:
     """Ask a target about a model before any calibration or training; status 1 when it refuses an op."""
     from fraqat_compiler import terminal
     from fraqat_compiler.precheck import check
     from fraqat_compiler.progress import RichProgress
 
-    options = {"weights": weights, "activations": activations, "target": target, "skip": skip, "tracer": tracer}
-    ops = [op.to_json() for op in check(job, progress=RichProgress(), **options)]
+    ops = [op.to_json() for op in check(job, progress=RichProgress(), **vars(flags))]
     holds = not any(op["verdict"] == "refused" for op in ops)
     return Answer({"holds": holds, "ops": ops}, lambda console: terminal.show_checked(console, ops), holds)
 
@@ -380,20 +169,15 @@ def _documentation(kind: Kind, name: str) -> dict[str, Any]:
 
 @app.command("opt")
 @answering
+@grouped
 def run_pipeline(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file, or a folder with a stored graph.")],
     pipeline: Annotated[str, typer.Option("--pipeline", "-p", metavar="TEXT", help="Passes, with commas.")],
+    watch: WatchFlags,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where the graph goes: FILE.onnx, or a folder for FX.")
     ] = None,
     target: Annotated[str | None, typer.Option(metavar="TEXT", help="Target that the passes ask.")] = None,
-    print_ir_before: PrintBefore = None,
-    print_ir_after: PrintAfter = None,
-    print_ir_after_all: PrintAll = False,
-    print_ir_after_change: PrintChange = False,
-    dump_ir: DumpIr = None,
-    time_passes: TimePasses = False,
-    verify_each: VerifyEach = True,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Answer:
@@ -408,9 +192,6 @@ def run_pipeline(
 
     manager = PassManager.from_text(pipeline)
     context = PassContext(parse_target(target) if target else None, load_inputs(model))
-    watch = _Watch(
-        print_ir_before, print_ir_after, print_ir_after_all, print_ir_after_change, dump_ir, time_passes, verify_each
-    )
     with watch.instruments() as instruments:
         result = manager.run(load_model(model), context, instruments)
     records = [record.to_json() for record in result.records]

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from fraqat_compiler.job import Outputs
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fraqat_compiler.job import Outputs  # imports torch, which the command line's flags do without
 
 AUTO = "auto"
 SCHEDULE = "short"

@@ -200,6 +200,8 @@ def test_soc_and_device_are_one_option() -> None:
     assert parse_target('htp{device="Galaxy S25 Ultra"}').chip == HtpTarget().chip  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match=r"soc=sm8650 and device=Galaxy S25 Ultra are both given"):
         HtpTarget(soc="sm8650", device="Galaxy S25 Ultra")
+    with pytest.raises(UsageError, match=r"soc=sm8750 and device=Galaxy S24 are both given"):
+        HtpTarget(soc="sm8750", device="Galaxy S24")
     with pytest.raises(UsageError, match="SM8750"):
         HtpTarget(device="galaxy s25 utra")
 

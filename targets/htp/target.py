@@ -40,6 +40,7 @@ from fraqat_compiler.targets.model_file import read_model
 CONTEXT_FILE = "htp_context.onnx"
 BINARY_FILE = "htp_context_qnn.bin"
 LOG_FILE = "htp.log"
+DEFAULT_SOC = "sm8750"
 OLDEST_GLIBC = (2, 35)
 SIGMOIDS = frozenset({"aten.sigmoid", "aten.hardsigmoid"})
 HIGHEST_SIGMOID = 65535 / 65536
@@ -53,8 +54,8 @@ class HtpTarget(Target):
     Compiles to a context binary for one SoC with fallback to the CPU forbidden, and runs it in the library's x86
     emulator, whose numbers are the hardware's and whose times are not.
 
-    Options: `soc` is a part (sm8750), a marketing name or a phone ("Galaxy S25 Ultra"), and `device` another name of
-    that option; `vtcm_mb` limits the memory the graph may plan with (0: the SoC's own); `performance_mode` is QNN's;
+    Options: `soc` is a part, a marketing name or a phone ("Galaxy S25 Ultra"; sm8750 if it is left out), and `device`
+    another name of that option; `vtcm_mb` limits the memory the graph may plan with (0: the SoC's own); `performance_mode` is QNN's;
     `optimization` is the effort of the compiler, 1 to 3; `io` says whether the graph takes and gives floats, or the 8-
     or 16-bit codes of its quantizers (`run` takes and gives floats all the same); `spill_fill` lets graphs of one
     application share the memory that what does not fit the VTCM is spilled to. `split_products` computes 16-bit
@@ -62,7 +63,7 @@ class HtpTarget(Target):
     """
 
     name: ClassVar[str] = "htp"
-    soc: str = "sm8750"
+    soc: str = ""
     vtcm_mb: int = 0
     performance_mode: Literal["burst", "balanced", "high_performance", "power_saver", "default"] = "burst"
     optimization: Literal[1, 2, 3] = 3
@@ -72,7 +73,7 @@ class HtpTarget(Target):
     device: str = ""
 
     def __post_init__(self) -> None:
-        if self.device and self.soc not in (HtpTarget.soc, self.device):
+        if self.device and self.soc:
             raise UsageError(f"soc={self.soc} and device={self.device} are both given.", "Give one of them.")
         if not 0 <= self.vtcm_mb <= self.chip.vtcm_mb:  # the library would plan with more than there is
             raise UsageError(
@@ -83,7 +84,7 @@ class HtpTarget(Target):
     @property
     def chip(self) -> Soc:
         """The SoC that `soc` or `device` means."""
-        return find_soc(self.device or self.soc)
+        return find_soc(self.device or self.soc or DEFAULT_SOC)
 
     @classmethod
     def missing(cls) -> str | None:
