@@ -14,7 +14,8 @@ class Arm:
     Attributes:
         name: in the tables.
         says: one line about it.
-        options: of `compile`, over PLAIN.
+        options: of `compile`, over the plain ones of a kind of models.
+        features: the loss is the plain one and that of every block.
         trains: False for post-training quantization, which has no learning rate and no seed.
         rate_of: the arm whose learning rate this one takes, for one that differs from it in a single choice; an arm
             without it has a sweep of its own.
@@ -23,16 +24,12 @@ class Arm:
     name: str
     says: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    features: bool = False
     trains: bool = True
     rate_of: str | None = None
 
 
-PLAIN = {"schedule": "fraqat", "loss": "mse", "recipe": "", "range_method": "minmax"}  # the paper's fine-tune
-_LEARNED = {
-    "loss": "mse,features{at=blocks.*}",
-    "recipe": "lsq,ema{decay=0.95},adamw{cooldown=0.5 warmup=5}",
-    "range_method": "mse",
-}
+_LEARNED = {"recipe": "lsq,ema{decay=0.95},adamw{cooldown=0.5 warmup=5}", "range_method": "mse"}
 
 
 def _fraqat_with(name: str, says: str, **options: str) -> Arm:
@@ -77,11 +74,13 @@ ARMS = {
             "learned",
             "learned ranges, distilled on every block too, long cooldown, averaged weights, direct",
             {"schedule": "direct"} | _LEARNED,
+            features=True,
         ),
         Arm(
             "learned-fractional",
             "the same on the way 5-4.5-4",
-            {"schedule": "5x2,4.5x2,4x16"} | _LEARNED,
+            {"schedule": "short"} | _LEARNED,
+            features=True,
         ),
         Arm("lsq", "learned ranges of weights and activations, direct", {"schedule": "direct", "recipe": "lsq"}),
         Arm(
@@ -94,7 +93,7 @@ ARMS = {
         _fraqat_with("mse", "weight ranges of least squared error", weight_range="mse"),
         _fraqat_with("mse-ranges", "activation ranges of least squared error", range_method="mse"),
         _fraqat_with("lsq", "learned ranges of weights and activations", recipe="lsq"),
-        _fraqat_with("features", "distilled on every block too", loss="mse,features{at=blocks.*}"),
+        Arm("fraqat-features", "fraqat, distilled on every block too", features=True, rate_of="fraqat"),
         _fraqat_with("ema", "weights averaged over the last stage", recipe="ema"),
         _fraqat_with("no-cooldown", "the learning rate stays", recipe="adamw{cooldown=0}"),
         _fraqat_with("cooldown", "the rate falls over half of the steps, not 0.3", recipe="adamw{cooldown=0.5}"),
@@ -107,4 +106,3 @@ ARMS = {
     )
 }
 HEADLINE = ("direct", "auto", "learned", "fraqat", "integer", "coarse", "svdqat-32", "learned-fractional")
-PRECISIONS = {"W4A8": ("4", "8"), "W4A16": ("4", "16"), "W3A8": ("3", "8")}

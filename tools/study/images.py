@@ -9,15 +9,12 @@ import numpy as np
 import torch
 from data import Digits
 from PIL import Image
+from subject import MissingDataError
 from torch.nn import functional as F
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
 FASHION_PREFIX = {"train": "train", "test": "t10k"}
 _IDX_HEADER = {"images": 16, "labels": 8}  # bytes
-
-
-class MissingDataError(Exception):
-    """The images are not where they were looked for; its text says how to get them."""
 
 
 def load_fashion(folder: Path, part: str) -> Digits:

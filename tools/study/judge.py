@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from metrics import frechet_distance
 from numpy.typing import NDArray
 from rich.progress import track
 from sampling import sample
-from study_config import StudyConfig
+from study_config import ImageConfig
+from subject import Run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,11 +24,10 @@ FEATURE_SIZE = 160  # pixels of a side that the network was trained on
 FEATURE_BATCH = 64
 CLASSES = 10
 
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 Features = NDArray[np.float64]
 
 
-def draw(run: Run, config: StudyConfig, images: int, first_seed: int, device: torch.device) -> Tensor:
+def draw(run: Run, config: ImageConfig, images: int, first_seed: int, device: torch.device) -> Tensor:
     """Images [N, C, H, W] on the CPU, all classes in turn; the same seeds give every arm the same noise."""
     labels = torch.arange(config.batch) % CLASSES
     drawn = [

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, PLAIN, PRECISIONS
-from data import Digits, training_batches
-from judge import Judge, Run, draw
+from arms import ARMS
 from study_config import StudyConfig
+from subject import Run, Subject
 from torch import Tensor, nn
 
 import fraqat_compiler
-from fraqat_compiler import Job
 from fraqat_compiler.parity import name_arrays, onnx_runner
 from fraqat_compiler.progress import RichProgress
-
-Inputs = tuple[Tensor, Tensor, Tensor]
-CALIBRATION_IMAGES = 100  # as the paper's phone build
-AGREEMENT_IMAGES = 128
-DRAW_SEED, SWEEP_SEED = 1_000_000, 2_000_000  # of the noise that is measured on, and of the sweep's: far apart
 
 
 @dataclass(frozen=True)
@@ -52,35 +44,26 @@ class Bench:
 
     Attributes:
         config: the size.
-        teacher: the float model.
-        images: real ones to train on.
-        judge: for the measured noise.
-        sweep_judge: for the sweep's noise, which no arm is measured on.
+        subject: what is quantized and measured.
         folder: for results; a run whose result lies there is not run again.
     """
 
     config: StudyConfig
-    teacher: nn.Module
-    images: Digits
-    judge: Judge
-    sweep_judge: Judge
+    subject: Subject
     folder: Path
+
+    def float_metrics(self) -> dict[str, Any]:
+        """The float model's, measured once."""
+        return _kept(self.folder / "float.json", self.subject.float_metrics)
 
     def result(self, key: RunKey) -> dict[str, Any]:
         """The result of a run, from its file or by running it."""
-        path = self.folder / "runs" / f"{key.name}.json"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._run(key), indent=1), encoding="utf-8")
-            partial.replace(path)
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        return _kept(self.folder / "runs" / f"{key.name}.json", lambda: self._run(key))
 
     def _run(self, key: RunKey) -> dict[str, Any]:
-        output, start = self.folder / "work" / key.name, time.perf_counter()
-        weights, activations = PRECISIONS[key.precision]
-        options: dict[str, Any] = {"steps": self.config.steps, "lr": key.lr} | PLAIN | dict(ARMS[key.arm].options)
+        output, start, kind = self.folder / "work" / key.name, time.perf_counter(), self.config.kind
+        weights, activations = kind.precisions[key.precision]
+        options: dict[str, Any] = {"steps": self.config.steps, "lr": key.lr} | kind.options(ARMS[key.arm])
         shared = {"output": output, "resume": True, "progress": RichProgress()}
         widths = {"weights": weights, "activations": activations, "seed": key.seed}
         measure = self._swept if key.sweep else self._compiled
@@ -90,51 +73,34 @@ class Bench:
 
     def _swept(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """A learning rate is chosen in torch, which needs no file."""
-        result = fraqat_compiler.simulate(self._job(), **options)
-        return {"metrics": self.sweep_judge.measure(self._draw(result.student, self.sweep_judge, SWEEP_SEED))}
+        return {"metrics": self.subject.sweep(fraqat_compiler.simulate(self.subject.job(), **options).student)}
 
     def _compiled(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        result = fraqat_compiler.compile(self._job(), **options)
-        images = self._draw(file_run(result.output / "model.onnx"), self.judge, DRAW_SEED)
-        report = result.report
+        result = fraqat_compiler.compile(self.subject.job(), **options)
+        file, report = file_run(result.output / "model.onnx"), result.report
         return {
-            "metrics": self.judge.measure(images),
-            "agreement": self._agreement(result.student, images),
+            "metrics": self.subject.measure(file),
+            "agreement": self._agreement(file, result.student),
             "parity": report["parity"]["onnx_unoptimized"],
             "bytes": report["onnx"]["bytes"],
             "losses": [stage["loss"] for stage in report["schedule"]],
         }
 
-    def _agreement(self, student: nn.Module, file_images: Tensor) -> dict[str, float]:
-        """Paired error of the first images, drawn by the file and by the fake-quantized graph that it was made of."""
-        some = self.judge.first(AGREEMENT_IMAGES)
-        drawn = self._draw(student, some, DRAW_SEED)
-        file, graph = some.paired_error(file_images[: len(drawn)]), some.paired_error(drawn)
-        return {"images": len(drawn), "file": file, "torch": graph}
+    def _agreement(self, file: Run, student: nn.Module) -> dict[str, float]:
+        """One figure, of the file and of the fake-quantized graph that it was made of."""
+        count, ours = self.subject.glance(file)
+        return {self.config.kind.unit: count, "file": ours, "torch": self.subject.glance(student)[1]}
 
-    def _draw(self, run: Run, judge: Judge, first_seed: int) -> Tensor:
-        with torch.no_grad():
-            return draw(run, self.config, len(judge.teacher), first_seed, torch.device("cpu"))
 
-    def _job(self) -> Job:
-        return Job(
-            name=f"study-{self.config.name}",
-            model=lambda: copy.deepcopy(self.teacher),
-            example_inputs=lambda: next(self._batches(0)),
-            calibration_data=self._calibration,
-            train_data=self._train,
-        )
-
-    def _batches(self, seed: int) -> Iterator[Inputs]:
-        return (batch.inputs for batch in training_batches(self.images, self.config.batch, seed))
-
-    def _calibration(self) -> list[Inputs]:
-        batches = self._batches(1)
-        return [next(batches) for _ in range(-(-CALIBRATION_IMAGES // self.config.batch))]
-
-    def _train(self) -> Iterator[Inputs]:
-        """Drawn from the seeded stream of the fine-tune: one seed gives every arm the same batches."""
-        return self._batches(int(torch.randint(2**31, ()).item()))
+def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The content of a JSON file, which is made where there is none."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(make(), indent=1), encoding="utf-8")
+        partial.replace(path)
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def file_run(path: Path) -> Run:

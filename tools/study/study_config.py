@@ -1,28 +1,72 @@
-"""The sizes of the study: one configuration for each amount of compute."""
+"""The sizes of the study: one configuration for each amount of compute and each kind of model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from kinds import KINDS, Kind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """One size of the study.
 
     Attributes:
-        dataset: what the teacher is trained on; that of `digits` is the example's own.
-        width, depth, heads, patch_size: of the diffusion transformer.
-        teacher_steps, teacher_batch: of the teacher's training.
-        batch: images in a batch of the fine-tune, of calibration and of sampling.
+        subject: the kind of model, one of KINDS.
+        batch: samples in a batch of the fine-tune and of calibration.
         steps: of every arm's fine-tune.
         seeds: how many runs each trained arm has; they are 1, 2, ...
         learning_rates: every arm is tried with each, on a seed of its own, and keeps its best.
-        images: drawn by each arm and by the teacher.
+    """
+
+    subject: ClassVar[str]
+    name: str
+    batch: int
+    steps: int
+    seeds: int
+    learning_rates: tuple[float, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """What all models of its kind have in common."""
+        return KINDS[self.subject]
+
+    @property
+    def title(self) -> str:
+        """Behind the name, as a heading."""
+        raise NotImplementedError
+
+    @property
+    def description(self) -> str:
+        """Its size in words."""
+        raise NotImplementedError
+
+    @property
+    def fine_tune(self) -> str:
+        """The fine-tune in words."""
+        rates = ", ".join(f"{rate:g}" for rate in self.learning_rates)
+        return f"fine-tune with batches of {self.batch}; learning rates {rates}"
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form from which `config_of` makes it again."""
+        return {"subject": self.subject} | asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(StudyConfig):
+    """A class-conditional diffusion transformer, whose teacher the study trains.
+
+    Attributes:
+        dataset: what the teacher is trained on; that of `digits` is the example's own.
+        width, depth, heads, patch_size: of the transformer.
+        teacher_steps, teacher_batch: of the teacher's training.
+        images: drawn by each arm and by the teacher, in batches of the fine-tune's size.
         sampling_steps: of Euler's method for each image.
     """
 
-    name: str
+    subject = "images"
     dataset: Literal["digits", "fashion", "cifar10"]
     width: int
     depth: int
@@ -30,10 +74,6 @@ class StudyConfig:
     patch_size: int
     teacher_steps: int
     teacher_batch: int
-    batch: int
-    steps: int
-    seeds: int
-    learning_rates: tuple[float, ...]
     images: int
     sampling_steps: int
 
@@ -52,18 +92,197 @@ class StudyConfig:
         """(channels, height, width) of an image."""
         return (self.channels, self.image_size, self.image_size)
 
+    @property
+    def title(self) -> str:
+        return f"{self.dataset}, {self.images:,} images, {self.steps:,} steps"
 
-CONFIGS = {
+    @property
+    def description(self) -> str:
+        return (
+            f"Class-conditional DiT of width {self.width}, depth {self.depth}, patch {self.patch_size}; teacher trained for "
+            f"{self.teacher_steps:,} batches of {self.teacher_batch}; {self.fine_tune}; "
+            f"{self.sampling_steps} sampling steps."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(StudyConfig):
+    """A pretrained model of text, tuned on State of the Union addresses.
+
+    Attributes:
+        length: tokens of a window.
+        windows: of each text that an arm is measured on.
+        sweep_windows: of the addresses that learning rates are chosen on.
+    """
+
+    length: int
+    windows: int
+    sweep_windows: int
+
+    @property
+    def measured(self) -> str:
+        """What an arm is measured on, in words."""
+        return (
+            f"measured on {self.windows} windows of Moby Dick and as many of addresses that no arm was tuned on, "
+            f"spread evenly; {self.fine_tune}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig(TextConfig):
+    """SmolLM2-135M-Instruct.
+
+    Attributes:
+        agreement_windows: on which the fake-quantized graph is held against the file.
+    """
+
+    subject = "language"
+    agreement_windows: int
+
+    @property
+    def title(self) -> str:
+        return f"SmolLM2-135M, {self.steps:,} steps"
+
+    @property
+    def description(self) -> str:
+        return (
+            "SmolLM2-135M-Instruct, whose weights were once Q4_1: the float model lies on a 4-bit grid itself (groups "
+            f"of 32, with offsets). Windows of {self.length} tokens; {self.measured}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceConfig(TextConfig):
+    """MiniLM-L6, a sentence encoder."""
+
+    subject = "sentences"
+
+    @property
+    def title(self) -> str:
+        return f"MiniLM-L6, {self.steps:,} steps"
+
+    @property
+    def description(self) -> str:
+        return (
+            f"Sentence encoder of 22.7 M parameters, on passages of {self.length} tokens; its embeddings are held "
+            f"against the float model's; {self.measured}"
+        )
+
+
+_CLASSES = {config.subject: config for config in (ImageConfig, LanguageConfig, SentenceConfig)}
+
+
+def config_of(content: Mapping[str, Any]) -> StudyConfig:
+    """A configuration from its JSON form; one without `subject` is of images."""
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    make: type[Any] = _CLASSES[fields.pop("subject", ImageConfig.subject)]
+    config: StudyConfig = make(**fields)
+    return config
+
+
+CONFIGS: dict[str, StudyConfig] = {
     config.name: config
     for config in (
-        # Every part once, in a minute or two: its figures mean nothing.
-        StudyConfig("smoke", "fashion", 32, 1, 2, 4, 20, 16, 16, 18, 2, (1e-3,), 64, 4),
-        # The teacher that the example ships; within an hour on two cores.
-        StudyConfig("digits", "digits", 128, 4, 4, 2, 0, 0, 40, 100, 5, (2e-5, 6e-5, 2e-4), 1000, 16),
-        # To its end in two hours on two cores.
-        StudyConfig("cpu", "fashion", 96, 4, 4, 4, 6000, 64, 32, 120, 5, (6e-5, 2e-4, 6e-4), 768, 16),
-        # For a data-centre GPU.
-        StudyConfig("gpu", "fashion", 256, 8, 4, 4, 40_000, 256, 128, 2500, 5, (1e-4, 3e-4, 1e-3), 10_000, 32),
-        StudyConfig("gpu-cifar", "cifar10", 384, 12, 6, 2, 100_000, 256, 128, 2500, 5, (1e-4, 3e-4), 10_000, 50),
+        ImageConfig(  # every part once, in a minute or two: its figures mean nothing
+            name="smoke",
+            dataset="fashion",
+            width=32,
+            depth=1,
+            heads=2,
+            patch_size=4,
+            teacher_steps=20,
+            teacher_batch=16,
+            batch=16,
+            steps=18,
+            seeds=2,
+            learning_rates=(1e-3,),
+            images=64,
+            sampling_steps=4,
+        ),
+        ImageConfig(  # the teacher that the example ships; within an hour on two cores
+            name="digits",
+            dataset="digits",
+            width=128,
+            depth=4,
+            heads=4,
+            patch_size=2,
+            teacher_steps=0,
+            teacher_batch=0,
+            batch=40,
+            steps=100,
+            seeds=5,
+            learning_rates=(2e-5, 6e-5, 2e-4),
+            images=1000,
+            sampling_steps=16,
+        ),
+        ImageConfig(  # to its end in two hours on two cores
+            name="cpu",
+            dataset="fashion",
+            width=96,
+            depth=4,
+            heads=4,
+            patch_size=4,
+            teacher_steps=6000,
+            teacher_batch=64,
+            batch=32,
+            steps=120,
+            seeds=5,
+            learning_rates=(6e-5, 2e-4, 6e-4),
+            images=768,
+            sampling_steps=16,
+        ),
+        ImageConfig(  # for a data-centre GPU
+            name="gpu",
+            dataset="fashion",
+            width=256,
+            depth=8,
+            heads=4,
+            patch_size=4,
+            teacher_steps=40_000,
+            teacher_batch=256,
+            batch=128,
+            steps=2500,
+            seeds=5,
+            learning_rates=(1e-4, 3e-4, 1e-3),
+            images=10_000,
+            sampling_steps=32,
+        ),
+        ImageConfig(
+            name="gpu-cifar",
+            dataset="cifar10",
+            width=384,
+            depth=12,
+            heads=6,
+            patch_size=2,
+            teacher_steps=100_000,
+            teacher_batch=256,
+            batch=128,
+            steps=2500,
+            seeds=5,
+            learning_rates=(1e-4, 3e-4),
+            images=10_000,
+            sampling_steps=50,
+        ),
+        LanguageConfig(  # an hour on one core
+            name="text-lm",
+            length=128,
+            windows=16,
+            sweep_windows=8,
+            agreement_windows=4,
+            batch=2,
+            steps=20,
+            seeds=1,
+            learning_rates=(1e-4,),
+        ),
+        SentenceConfig(
+            name="text-embed",
+            length=64,
+            windows=128,
+            sweep_windows=64,
+            batch=8,
+            steps=60,
+            seeds=3,
+            learning_rates=(3e-5, 1e-4, 3e-4),
+        ),
     )
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,16 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from arms import ARMS
+from kinds import Kind
 from PIL import Image
 from scipy import stats
-from study_config import StudyConfig
+from study_config import StudyConfig, config_of
 from torch import Tensor
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 BASELINE = "direct"
-METRICS = {
-    "frechet_teacher": "Frechet distance to the teacher's images",
-    "paired_error": "error against the teacher's image of the same noise",
-    "frechet_real": "Frechet distance to real images",
-}
 CONFIDENCE = 0.95
 SAMPLE_ROWS, SAMPLE_COLUMNS, SAMPLE_ZOOM = 4, 10, 2
 RESULTS = "study"  # folder beside study.md with a JSON file and a plot for each configuration
@@ -40,12 +35,12 @@ def write_summary(folder: Path, docs: Path, config: StudyConfig) -> None:
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
     results = docs / RESULTS
     results.mkdir(parents=True, exist_ok=True)
-    content = {"config": asdict(config), "runs": runs}
+    content = {"config": config.to_json(), "runs": runs}
+    if (folder / "float.json").is_file():
+        content["float"] = json.loads((folder / "float.json").read_text(encoding="utf-8"))
     (results / f"{config.name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _plot(_groups(runs), results / f"{config.name}.png")
-    parts = [
-        _section(json.loads(path.read_text(encoding="utf-8")), _notes(path)) for path in sorted(results.glob("*.json"))
-    ]
+    _plot(_groups(runs), config.kind, results / f"{config.name}.png")
+    parts = [_section(path) for path in sorted(results.glob("*.json"))]
     (docs / "study.md").write_text("\n".join([_HEAD, *parts]), encoding="utf-8")
 
 
@@ -61,11 +56,11 @@ def save_samples(images: Tensor, docs: Path, config: StudyConfig) -> None:
 
 _HEAD = """# What fractional bits buy
 
-A class-conditional diffusion transformer, trained in float, is brought to few bits by every arm from the same teacher,
-with the same number of steps, the same batches in the same order, and the learning rate of the same sweep that suits
-the arm best (measured on noise that no table uses). Every figure is of the exported ONNX file, run by onnxruntime.
-Mean with its 95 % interval (Student's t over seeds). Beside `direct`: the difference in percent with its 95 % interval
-and p of the paired t-test, seed by seed.
+A float model, the teacher, is brought to few bits by every arm, with the same number of steps, the same batches in the
+same order, and the learning rate of the same sweep that suits the arm best (measured on noise or text that no table
+uses). Every figure is of the exported ONNX file, run by onnxruntime. Mean with its 95 % interval (Student's t over
+seeds). Beside `direct`: the difference of the first metric in percent with its 95 % interval and p of the paired
+t-test, seed by seed.
 
 `python tools/study CONFIG` runs it; this page is written from the JSON files in [study/](study/).
 """
@@ -87,43 +82,48 @@ def _notes(results: Path) -> list[str]:
     return [notes.read_text(encoding="utf-8").strip(), ""] if notes.is_file() else []
 
 
-def _section(content: Mapping[str, Any], notes: list[str]) -> str:
-    config, groups = StudyConfig(**_tuples(content["config"])), _groups(content["runs"])
-    lines = [
-        f"## `{config.name}`: {config.dataset}, {config.images:,} images, {config.steps:,} steps",
-        "",
-        f"DiT of width {config.width}, depth {config.depth}, patch {config.patch_size}; teacher trained for "
-        f"{config.teacher_steps:,} batches of {config.teacher_batch}; fine-tune with batches of {config.batch}; "
-        f"learning rates {', '.join(f'{rate:g}' for rate in config.learning_rates)}; "
-        f"{config.sampling_steps} sampling steps.",
-        "",
-        *notes,
-    ]
+def _section(results: Path) -> str:
+    content = json.loads(results.read_text(encoding="utf-8"))
+    config, groups = config_of(content["config"]), _groups(content["runs"])
+    lines = [f"## `{config.name}`: {config.title}", "", config.description, "", *_notes(results)]
     for precision in dict.fromkeys(precision for precision, _ in groups):
-        lines += [f"### {precision}", "", *_table(groups, precision), ""]
-    lines += _agreement(groups)
-    pictures = [f"![{config.name}](study/{config.name}.png)", "", "The teacher's images:", ""]
-    return "\n".join([*lines, *pictures, f"![teacher](study/{config.name}-teacher.png)", ""])
+        note = config.kind.notes.get(precision)
+        lines += [f"### {precision}", "", *([note, ""] if note else [])]
+        lines += [*_table(groups, precision, config.kind, content.get("float")), ""]
+    lines += [*_agreement(groups, config.kind), f"![{config.name}](study/{config.name}.png)", ""]
+    if results.with_name(f"{config.name}-teacher.png").is_file():
+        lines += ["The teacher's images:", "", f"![teacher](study/{config.name}-teacher.png)", ""]
+    return "\n".join(lines)
 
 
-def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-
-
-def _table(groups: Groups, precision: str) -> list[str]:
-    heads = ["arm", "lr", "seeds", *METRICS.values(), f"first distance beside `{BASELINE}`", "p"]
-    rows = [
-        _row(arm, runs, groups.get((precision, BASELINE), []))
-        for (its_precision, arm), runs in groups.items()
-        if its_precision == precision
+def _table(groups: Groups, precision: str, kind: Kind, teacher: Mapping[str, float] | None) -> list[str]:
+    baseline = groups.get((precision, BASELINE), [])
+    goal = teacher[kind.first] if teacher else 0.0
+    heads = [
+        "arm",
+        "lr",
+        "seeds",
+        *kind.metrics.values(),
+        *(["beside float"] if goal else []),
+        f"beside `{BASELINE}`",
+        "p",
     ]
-    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
+    rows = [heads, ["---"] * len(heads)]
+    if goal and teacher:
+        figures = [f"{teacher[metric]:.3g}" for metric in kind.metrics]
+        rows.append(["the float model", "-", "-", *figures, "-", "-", "-"])
+    for (its_precision, arm), runs in groups.items():
+        if its_precision == precision:
+            rows.append(_row(arm, runs, baseline, kind, goal))
+    return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def _row(arm: str, runs: list[Run], baseline: list[Run]) -> list[str]:
+def _row(arm: str, runs: list[Run], baseline: list[Run], kind: Kind, goal: float) -> list[str]:
     rate = "-" if runs[0]["lr"] is None else f"{runs[0]['lr']:g}"
-    figures = [interval([run["metrics"][metric] for run in runs]) for metric in METRICS]
-    return [f"`{arm}`: {ARMS[arm].says}", rate, str(len(runs)), *figures, *_beside(runs, baseline)]
+    figures = [interval([run["metrics"][metric] for run in runs]) for metric in kind.metrics]
+    above = [f"{100 * (np.mean([run['metrics'][kind.first] for run in runs]) / goal - 1):+.3g} %"] if goal else []
+    beside = _beside(runs, baseline, kind.first)
+    return [f"`{arm}`: {ARMS[arm].says}", rate, str(len(runs)), *figures, *above, *beside]
 
 
 def interval(values: Sequence[float]) -> str:
@@ -135,48 +135,49 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean:.3g} ± {half:.2g}"
 
 
-def _beside(runs: list[Run], baseline: list[Run]) -> tuple[str, str]:
-    """Difference of the distance to the teacher in percent of the baseline's with its interval, and p; seed by seed."""
-    theirs = {run["seed"]: run["metrics"]["frechet_teacher"] for run in baseline}
+def _beside(runs: list[Run], baseline: list[Run], metric: str) -> tuple[str, str]:
+    """Difference of a metric in percent of the baseline's with its interval, and p; seed by seed."""
+    theirs = {run["seed"]: run["metrics"][metric] for run in baseline}
     pairs = [
-        (run["metrics"]["frechet_teacher"], theirs[run["seed"]])
+        (run["metrics"][metric], theirs[run["seed"]])
         for run in runs
         if run["seed"] in theirs and run["arm"] != BASELINE
     ]
-    if len(pairs) < 2:
+    if not pairs:
         return "-", "-"
     mine, others = map(np.asarray, zip(*pairs, strict=True))
     percent = interval(100 * (mine - others) / others.mean())
-    return f"{percent} %", f"{stats.ttest_rel(mine, others).pvalue:.2g}"
+    return f"{percent} %", f"{stats.ttest_rel(mine, others).pvalue:.2g}" if len(pairs) > 1 else "-"
 
 
-def _agreement(groups: Groups) -> list[str]:
-    """One line about the file and the graph it was made of, drawing the same images."""
+def _agreement(groups: Groups, kind: Kind) -> list[str]:
+    """One line about the file and the graph it was made of, measured on the same."""
     pairs = [run["agreement"] for runs in groups.values() for run in runs if "agreement" in run]
     if not pairs:
         return []
     apart = [abs(pair["file"] - pair["torch"]) / pair["torch"] for pair in pairs]
+    count = pairs[0][kind.unit]
     return [
-        f"The file in onnxruntime and the fake-quantized graph in torch, on the first {pairs[0]['images']} images: "
-        f"their paired errors are {100 * float(np.median(apart)):.1f} % apart in the median of {len(apart)} runs, "
+        f"The file in onnxruntime and the fake-quantized graph in torch, on the first {count} {kind.unit}: "
+        f"their {kind.agrees} are {100 * float(np.median(apart)):.1f} % apart in the median of {len(apart)} runs, "
         f"{100 * max(apart):.1f} % at most.",
         "",
     ]
 
 
-def _plot(groups: Groups, path: Path) -> None:
-    """A dot for each run and a bar for each mean: distance to the teacher by arm, one panel for each precision."""
+def _plot(groups: Groups, kind: Kind, path: Path) -> None:
+    """A dot for each run and a bar for each mean: the first metric by arm, one panel for each precision."""
     precisions = list(dict.fromkeys(precision for precision, _ in groups)) or ["no results yet"]
     figure, panels = plt.subplots(1, len(precisions), figsize=(5.5 * len(precisions), 3.6), squeeze=False)
     for precision, panel in zip(precisions, panels[0], strict=True):
         arms = [arm for its_precision, arm in groups if its_precision == precision]
         for index, arm in enumerate(arms):
-            values = [run["metrics"]["frechet_teacher"] for run in groups[precision, arm]]
+            values = [run["metrics"][kind.first] for run in groups[precision, arm]]
             panel.barh(index, np.mean(values), color="#c9c4f2")
             panel.plot(values, [index] * len(values), "o", color="#4f46b5", markersize=4)
         panel.set_yticks(range(len(arms)), arms)
         panel.invert_yaxis()
-        panel.set_xlabel(METRICS["frechet_teacher"])
+        panel.set_xlabel(kind.metrics[kind.first])
         panel.set_title(precision)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})

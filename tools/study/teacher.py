@@ -11,7 +11,7 @@ from data import Digits, training_batches
 from model import DiT
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from study_config import StudyConfig
+from study_config import ImageConfig
 from torch import nn
 from train import WEIGHTS as EXAMPLE_WEIGHTS
 from train import Trainer
@@ -20,7 +20,7 @@ CHECKPOINT_EVERY = 250
 TEACHER_SEED = 0
 
 
-def build(config: StudyConfig) -> DiT:
+def build(config: ImageConfig) -> DiT:
     """The diffusion transformer of a configuration, untrained."""
     return DiT(
         width=config.width,
@@ -32,7 +32,7 @@ def build(config: StudyConfig) -> DiT:
     )
 
 
-def load_or_train(config: StudyConfig, images: Digits, folder: Path, device: torch.device) -> nn.Module:
+def load_or_train(config: ImageConfig, images: Digits, folder: Path, device: torch.device) -> nn.Module:
     """The trained teacher; training goes on from where it was cut off."""
     weights = EXAMPLE_WEIGHTS if config.dataset == "digits" else folder / "teacher.safetensors"
     model = build(config)
@@ -45,7 +45,7 @@ def load_or_train(config: StudyConfig, images: Digits, folder: Path, device: tor
     return model.eval()
 
 
-def train(config: StudyConfig, images: Digits, checkpoint: Path, device: torch.device) -> nn.Module:
+def train(config: ImageConfig, images: Digits, checkpoint: Path, device: torch.device) -> nn.Module:
     """Train with flow matching; the moving average of the weights is the teacher."""
     torch.manual_seed(TEACHER_SEED)
     trainer = Trainer(build(config).to(device), config.teacher_steps)
