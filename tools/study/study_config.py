@@ -99,8 +99,8 @@ class ImageConfig(StudyConfig):
     @property
     def description(self) -> str:
         return (
-            f"Class-conditional DiT of width {self.width}, depth {self.depth}, patch {self.patch_size}; teacher trained for "
-            f"{self.teacher_steps:,} batches of {self.teacher_batch}; {self.fine_tune}; "
+            f"Class-conditional DiT of width {self.width}, depth {self.depth}, patch {self.patch_size}; teacher "
+            f"trained for {self.teacher_steps:,} batches of {self.teacher_batch}; {self.fine_tune}; "
             f"{self.sampling_steps} sampling steps."
         )
 
