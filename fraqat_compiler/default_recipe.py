@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fraqat_compiler.job import Outputs  # imports torch, which the command line's flags do without
+if TYPE_CHECKING:  # the job's module imports torch, which the command line's flags do without
+    from fraqat_compiler.job import Outputs
+    from fraqat_compiler.quant_spec import RangeMethod
 
 AUTO = "auto"
 SCHEDULE = "short"
@@ -32,3 +33,13 @@ def recipe_of(text: str, *, steps: int | None) -> str:
     if text != AUTO:
         return text
     return NO_RECIPE if steps == 0 else RECIPE
+
+
+def activation_range_of(asked: RangeMethod | None, *, fine_tuned: bool, dynamic: bool) -> RangeMethod:
+    """How activation ranges follow from calibration; those of each token anew clip nothing."""
+    return asked or ("mse" if fine_tuned and not dynamic else "minmax")
+
+
+def weight_range_of(asked: RangeMethod | None, *, fine_tuned: bool) -> RangeMethod:
+    """How weight ranges follow from the weights; a fine-tune starts from the paper's, the largest magnitude."""
+    return asked or ("minmax" if fine_tuned else "mse")

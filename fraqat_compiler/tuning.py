@@ -24,7 +24,7 @@ from fraqat_compiler.auto_widths import parse_auto
 from fraqat_compiler.calibration import Batch, calibrate, first_samples
 from fraqat_compiler.capture import capture
 from fraqat_compiler.compile_options import CompileOptions
-from fraqat_compiler.default_recipe import loss_of
+from fraqat_compiler.default_recipe import activation_range_of, loss_of, weight_range_of
 from fraqat_compiler.errors import DataError, UsageError
 from fraqat_compiler.fine_tune import FineTuneResult, fine_tune
 from fraqat_compiler.instruments import Instrument
@@ -164,12 +164,13 @@ class Tuning:
         return trial
 
     def _insert_pass(self, weights: str) -> InsertFakeQuant:
+        tuned = self._steps > 0
         return InsertFakeQuant(
             weights=weights,
             activations=self.options.activations,
             skip=self.options.skip,
-            range_method=self.options.range_method or ("mse" if self._steps and not self.options.dynamic else "minmax"),
-            weight_range=self.options.weight_range or ("minmax" if self._steps else "mse"),
+            range_method=activation_range_of(self.options.range_method, fine_tuned=tuned, dynamic=self.options.dynamic),
+            weight_range=weight_range_of(self.options.weight_range, fine_tuned=tuned),
             strict=self.options.strict,
             dynamic=self.options.dynamic,
         )
