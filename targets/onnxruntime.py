@@ -15,7 +15,7 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto
 
-from fraqat_compiler.errors import OutputError, TargetError
+from fraqat_compiler.errors import OutputError, TargetError, UsageError
 from fraqat_compiler.host_timing import milliseconds_of_runs
 from fraqat_compiler.pipeline_text import to_text
 from fraqat_compiler.quant_spec import QuantSpec, Unquantized
@@ -47,13 +47,19 @@ class OnnxRuntimeTarget(Target):
 
     Options: `optimization` is the level of ONNX Runtime's graph optimizations; `offline` stores the optimized graph, so
     that loading is quick (at level `all` it is then for CPUs like this one); `threads` is for the ops, 0 for ONNX
-    Runtime's own choice.
+    Runtime's own choice; `group_size` gives that many elements of a row of a linear layer's weight a scale of their own
+    instead of the whole row, 0 does not.
     """
 
     name: ClassVar[str] = "onnxruntime"
     optimization: Level = "all"
     offline: bool = False
     threads: int = 0
+    group_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group_size < 0:
+            raise UsageError(f"group-size={self.group_size} is no number of elements.", "Give 16, 32, 64 ..., or 0.")
 
     def quant_spec(self, request: TensorRequest) -> QuantSpec | Unquantized:
         """The default's, and 8-bit probabilities in steps of 1/256 whatever calibration saw.
@@ -62,9 +68,18 @@ class OnnxRuntimeTarget(Target):
         calibrated range wraps around to a small one.
         """
         spec = super().quant_spec(request)
-        if isinstance(spec, Unquantized) or (request.role, request.op) != ("activation", "softmax"):
+        if isinstance(spec, Unquantized):
+            return spec
+        if (request.role, request.op) == ("weight", "linear"):
+            return self._grouped(spec, request.shape[-1])
+        if (request.role, request.op) != ("activation", "softmax"):
             return spec
         return dataclasses.replace(spec, range_max=HIGHEST_PROBABILITY) if spec.bit_width == 8 else spec
+
+    def _grouped(self, spec: QuantSpec, row: int) -> QuantSpec:
+        """The same with a scale for each group, where groups fill a row."""
+        fills = self.group_size and row % self.group_size == 0
+        return dataclasses.replace(spec, axis=None, group_size=self.group_size) if fills else spec
 
     def prepare_pipeline(self) -> str:
         """An RMSNorm that is written out becomes one op: in between it is computed in float."""

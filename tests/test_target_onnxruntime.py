@@ -10,9 +10,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from torch import nn
 
-from fraqat_compiler.errors import OutputError, TargetError
+from fraqat_compiler import compile as compile_for_target
+from fraqat_compiler.errors import OutputError, TargetError, UsageError
+from fraqat_compiler.losses import relative_error
 from fraqat_compiler.registry import parse_target
 from fraqat_compiler.target import Arrays
 from fraqat_compiler.targets.onnxruntime import Level, OnnxRuntimeTarget
@@ -203,3 +207,33 @@ def test_the_profile_is_of_the_nodes_of_this_model(file: Path, output: Path) -> 
     assert times == sorted(times, reverse=True) and times[0] > 0
     assert "threads: 1" in profile.notes[0]
     assert {file.name for file in output.iterdir()} == {"model.onnx"}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_groups_keep_an_outlier_to_themselves(bias: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(64, 32, bias=bias), torch.randn(16, 64)
+    with torch.no_grad():
+        model.weight[:, 0] *= 40
+    x[:, 0] /= 40
+    errors = {}
+    for size in (0, 16):
+        target = f"onnxruntime{{group-size={size}}}"
+        options = {"weights": "4", "weight_range": "minmax", "activations": "16", "steps": 0, "target": target}
+        result = compile_for_target(model, (x,), output=tmp_path / str(size), **options)
+        assert result.report["parity"]["onnx_optimized"]["max_lsb"] <= 1.001
+        with torch.no_grad():
+            errors[size] = float(relative_error(result.student(x), model(x)))
+    assert errors[16] < errors[0] / 2
+    nodes = onnx.load(tmp_path / "16" / "model.onnx").graph.node
+    sizes = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "block_size"]
+    assert set(sizes) == {16}
+
+
+def test_rows_that_groups_do_not_fill_have_one_scale(tmp_path: Path) -> None:
+    target = "onnxruntime{group-size=24}"
+    compile_for_target(nn.Linear(64, 32), (torch.randn(2, 64),), output=tmp_path, steps=0, target=target)
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert not [attribute for node in nodes for attribute in node.attribute if attribute.name == "block_size"]
+    with pytest.raises(UsageError, match="group-size"):
+        OnnxRuntimeTarget(group_size=-1)

@@ -37,14 +37,14 @@ def _fraqat_with(name: str, says: str, **options: str) -> Arm:
     return Arm(f"fraqat-{name}", f"fraqat, {says}", options, rate_of="fraqat")
 
 
+_AUTO = {"schedule": "auto", "loss": "auto", "recipe": "auto", "range_method": None}
+_GROUPS = {"target": "onnxruntime{group-size=32}"}  # which no HTP has
+
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm(
-            "auto",
-            "the product's defaults",
-            {"schedule": "auto", "loss": "auto", "recipe": "auto", "range_method": None},
-        ),
+        Arm("auto", "the product's defaults", _AUTO),
+        Arm("auto-groups", "the same, with a scale for every 32 weights of a row", _AUTO | _GROUPS, rate_of="auto"),
         Arm("direct", "straight to the target width (the paper's vQAT)", {"schedule": "direct"}),
         Arm("integer", "8-7-6-5-4", {"schedule": "integer"}),
         Arm("coarse", "16-8-4", {"schedule": "coarse"}),
@@ -102,6 +102,12 @@ ARMS = {
         _fraqat_with("dampen", "weights pulled to the middle of their bins", recipe="dampen"),
         _fraqat_with("freeze", "oscillating weights fixed", recipe="freeze-oscillations"),
         Arm("rtn", "round to nearest, no training", {"steps": 0, "weight_range": "minmax"}, trains=False),
+        Arm(
+            "rtn-groups",
+            "round to nearest, with a scale for every 32 weights of a row",
+            {"steps": 0, "weight_range": "minmax"} | _GROUPS,
+            trains=False,
+        ),
         Arm("mse", "ranges of least squared error, no training", {"steps": 0, "weight_range": "mse"}, trains=False),
     )
 }
