@@ -44,8 +44,20 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm("auto", "the product's defaults", _AUTO),
-        Arm("auto-groups", "the same, with a scale for every 32 weights of a row", _AUTO | _GROUPS, rate_of="auto"),
+        Arm(
+            "auto-minmax",
+            "the same on activation ranges from the least to the greatest value",
+            _AUTO | {"range_method": "minmax"},
+            rate_of="auto",
+        ),
+        Arm("auto-groups", "auto, with a scale for every 32 weights of a row", _AUTO | _GROUPS, rate_of="auto"),
         Arm("direct", "straight to the target width (the paper's vQAT)", {"schedule": "direct"}),
+        Arm(
+            "direct-groups",
+            "direct, with a scale for every 32 weights of a row",
+            {"schedule": "direct"} | _GROUPS,
+            rate_of="direct",
+        ),
         Arm("integer", "8-7-6-5-4", {"schedule": "integer"}),
         Arm("coarse", "16-8-4", {"schedule": "coarse"}),
         Arm("fraqat", "8-7-6-5.5-5-4.75-4.5-4.25-4 (the paper's Table 4)", {"schedule": "fraqat"}),
