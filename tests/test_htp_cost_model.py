@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -109,11 +110,18 @@ def test_what_the_compiler_fuses_or_only_views_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "costs"), [([0, 2, 3, 1], False), ([0, 3, 1, 2], False), ([0, 2, 1, 3], True), ([1, 0, 2, 3], False)]
+    ("order", "kinds"),
+    [
+        ([0, 2, 3, 1], []),
+        ([0, 3, 1, 2], []),
+        ([1, 0, 2, 3], []),
+        ([0, 2, 1, 3], ["rows"]),
+        ([0, 1, 3, 2], ["transpose"]),
+    ],
 )
-def test_only_transposes_that_move_data_cost(order: list[int], costs: bool) -> None:
+def test_only_transposes_that_move_data_cost(order: list[int], kinds: list[str]) -> None:
     made = model([helper.make_node("Transpose", ["x"], ["y"], perm=order)], {"x": [1, 4, 8, 16]}, {})
-    assert len(count_ops(made)) == costs
+    assert [count.kind for count in count_ops(made)] == kinds
 
 
 @pytest.mark.parametrize(("weight", "bits"), [(TensorProto.INT4, 4), (TensorProto.INT8, 8)])
@@ -136,6 +144,19 @@ def test_attention_that_does_not_fit_goes_through_the_memory() -> None:
     assert demand(MATMUL, VTCM_MB)["ddr"] == 0
     assert demand(large, VTCM_MB)["ddr"] == pytest.approx(200)  # 10^8 elements of 16 bits, in MB
     assert demand(dataclasses.replace(large, matrices=1), VTCM_MB)["ddr"] == 0
+
+
+def test_a_depthwise_convolution_pays_for_its_products_and_for_its_data() -> None:
+    small = dataclasses.replace(MATMUL, kind="depthwise", matrices=1)
+    large = dataclasses.replace(small, macs=4 * small.macs)
+    assert demand(large, VTCM_MB)["depthwise_16"] == 4 * demand(small, VTCM_MB)["depthwise_16"]
+    assert demand(large, VTCM_MB)["elementwise"] == demand(small, VTCM_MB)["elementwise"] > 0
+
+
+def test_each_op_takes_time_to_start_however_little_it_does() -> None:
+    idle = OpCount("idle", "Add", "elementwise", 0, 0, 0, 0, 0, quantized=True)
+    made = estimate([idle] * 100, RATES, VTCM_MB)
+    assert made.latency_ms - RATES["overhead"] == pytest.approx(100 / RATES["ops"])
 
 
 def test_ops_and_overhead_add_up_to_the_latency() -> None:
@@ -222,6 +243,28 @@ def test_sana_is_ordered_by_its_widths(fitting: ModuleType) -> None:
     times = [fitting.latency_ms(fitting.amounts("sana_600m", *pair, True), RATES) for pair in widths]
     assert times == sorted(times)
     assert times[0] == pytest.approx(66, rel=0.5) and times[2] == pytest.approx(95, rel=0.5)
+
+
+def test_rows_whose_time_does_not_scale_are_told_apart(fitting: ModuleType) -> None:
+    """By how they change from SoC to SoC, never by their error; what is small is mostly overhead."""
+
+    def series(name: str, *times: float) -> list[Any]:
+        return [
+            fitting.Row(name, part, "float", "onnx", ms)
+            for part, ms in zip(fitting.PARTS.values(), times, strict=False)
+        ]
+
+    stuck = series("segformer_base", 82.4, 74.1, 74.1)
+    rows = stuck + series("vit", 7.2, 5.0, 3.7) + series("mobilenet_v2", 0.34, 0.30, 0.29) + series("bert", 9.0)
+    assert fitting.unscaled(rows) == set(stuck)
+
+
+def test_only_rows_that_differ_in_nothing_but_precision_are_ordered(fitting: ModuleType) -> None:
+    measured = [("w8a16", "onnx", 2.0), ("w8a8", "onnx", 1.0), ("float", "onnx", 3.0), ("w8a8", "tflite", 4.0)]
+    rows = [fitting.Row("vit", "SM8750", *values) for values in measured]
+    pairs = fitting.pairs_of_precisions([fitting.Error(row, row.ms) for row in rows])
+    names = [tuple(error.row.precision for error in pair) for pair in pairs]
+    assert names == [("w8a8", "w8a16"), ("w8a8", "float"), ("w8a16", "float")]
 
 
 def test_the_fit_recovers_rates_from_latencies_that_follow_them(fitting: ModuleType) -> None:

@@ -4,7 +4,8 @@
 
 The measurements are public ones of Qualcomm AI Hub (columns model, component, device, precision, runtime, ms). What
 each model has to do is in `tools/cost_model_ops.csv`, which `tools/cost_model_architectures.py` makes. The error is
-that of each architecture family when the rates are fitted to all the others. Needs scipy.
+that of each architecture family when the rates are fitted to all the others. Shown too: whether the estimates order
+the precisions of a network as the measurements do. Needs scipy.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,7 +41,9 @@ BASE = "SM8750"
 BITS = {"float": (16, 16), "w8a8": (8, 8), "w8a16": (8, 16)}  # of weights and activations; mixed widths are left out
 QNN_RUNTIMES = frozenset({"qnn_dlc", "qnn_context_binary", "precompiled_qnn_onnx"})  # what the HTP target makes
 OTHER_RUNTIMES = 0.3  # weight of the others, where a model was measured in both
-ROBUST = 0.15  # log error from which a measurement counts less and less, Cauchy
+ROBUST = 0.4  # log error from which a measurement counts less and less, Cauchy
+LEAST_GAIN = 1.25  # from SM8650 to SM8850; their slowest unit gains 1.4 and their fastest 1.7
+SMALL_MS = 1.0  # below it the fixed overhead, which may gain less, is much of the time
 FAMILIES = {
     "resnet18": "ResNet",
     "resnet50": "ResNet",
@@ -77,19 +81,19 @@ PRIORS = {
     "matrix_16": Prior(8.5, 0.15, "TMAC/s", "the same, 16-bit activations"),
     "matrix_float": Prior(8, 0.15, "TMAC/s", "the same, half precision"),
     "operands": Prior(500, 0.4, "GB/s", "activations into and out of the matrix unit"),
-    "depthwise_8": Prior(300, 0.4, "GMAC/s", "depthwise convolution, 8 bits"),
-    "depthwise_16": Prior(150, 0.4, "GMAC/s", "depthwise convolution, 16 bits"),
+    "depthwise_8": Prior(1000, 0.4, "GMAC/s", "depthwise convolution, 8 bits"),
+    "depthwise_16": Prior(500, 0.4, "GMAC/s", "depthwise convolution, 16 bits"),
     "softmax": Prior(120, 0.4, "GB/s", "softmax, bytes read and written"),
     "softmax_float": Prior(50, 0.4, "GB/s", "softmax in half precision"),
     "norm": Prior(120, 0.4, "GB/s", "normalization"),
-    "elementwise": Prior(200, 0.4, "GB/s", "elementwise ops, reductions, pooling"),
-    "transpose": Prior(20, 0.4, "GB/s", "transposes that move data"),
+    "elementwise": Prior(200, 0.4, "GB/s", "elementwise ops, reductions, pooling, depthwise convolution"),
+    "transpose": Prior(20, 0.4, "GB/s", "transposes that move the last axis"),
+    "rows": Prior(50, 0.5, "GB/s", "transposes that keep it, as of heads of attention"),
     "copy": Prior(150, 0.4, "GB/s", "concatenation, slices, resizing"),
     "ddr": Prior(60, 0.12, "GB/s", "weights, and attention that does not fit the VTCM"),
-    "tiled": Prior(200, 0.5, "GB/s", "images that do not fit the VTCM, worked on in tiles"),
 }
 FLOAT_OF = {
-    **{f"{name}_float": name for name in ("operands", "norm", "elementwise", "transpose", "copy")},
+    **{f"{name}_float": name for name in ("operands", "norm", "elementwise", "transpose", "rows", "copy")},
     "depthwise_float": "depthwise_16",
 }
 SLOWDOWN = Prior(1.4, 0.2, "1", "half precision against 16-bit integers on the vector unit")
@@ -126,6 +130,11 @@ class Row:
     def group(self) -> tuple[str, str, str]:
         """The same network measured through several runtimes."""
         return self.model, self.part, self.precision
+
+    @property
+    def series(self) -> tuple[str, str, str]:
+        """The same network measured on several SoCs."""
+        return self.model, self.precision, self.runtime
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,21 @@ def _amounts_of(row: Row) -> Amounts:
     return amounts(row.model, *BITS[row.precision], row.precision != "float")
 
 
+def unscaled(rows: Sequence[Row]) -> set[Row]:
+    """Rows whose time hardly drops over two generations of SoCs: none of the modelled units can have taken it."""
+    series: defaultdict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        series[row.series][row.part] = row.ms
+    stuck = {key for key, times in series.items() if _is_stuck(times)}
+    return {row for row in rows if row.series in stuck}
+
+
+def _is_stuck(times: Mapping[str, float]) -> bool:
+    if min(times.values()) < SMALL_MS or not {"SM8650", "SM8850"} <= times.keys():
+        return False
+    return times["SM8650"] / times["SM8850"] < LEAST_GAIN
+
+
 def rates_of(point: Vector, part: str) -> Rates:
     """The rates that a point of the search means."""
     values = np.exp(point)
@@ -206,16 +230,33 @@ def rates_of(point: Vector, part: str) -> Rates:
 
 
 def fit(rows: Sequence[Row]) -> Vector:
-    """The point that explains the rows best: robust log errors, and how far it strays from the priors."""
+    """The point that explains the rows best: robust log errors, and how far it strays from the priors.
+
+    Rows whose time does not scale with the SoC are left out.
+    """
+    left_out = unscaled(rows)
+    rows = sorted((row for row in rows if row not in left_out), key=lambda row: row.part)
     weights, logs = _weights(rows), np.log([row.ms for row in rows])
+    stacked = {part: _stacked([row for row in rows if row.part == part]) for part in sorted({row.part for row in rows})}
 
     def residuals(point: Vector) -> Vector:
-        rates = {part: rates_of(point, part) for part in PARTS.values()}
-        errors = np.log([latency_ms(_amounts_of(row), rates[row.part]) for row in rows]) - logs
+        times = [_latencies(amount, rates_of(point, part)) for part, amount in stacked.items()]
+        errors = np.log(np.concatenate(times)) - logs
         robust = np.sign(errors) * np.sqrt(weights * np.log1p((errors / ROBUST) ** 2))
         return np.concatenate([robust, (point - _CENTER) / _SPREAD])
 
     return np.asarray(least_squares(residuals, _CENTER, max_nfev=60).x, dtype=np.float64)
+
+
+def _stacked(rows: Sequence[Row]) -> dict[str, Vector]:
+    """What each row demands, one array for each rate."""
+    demands = [_amounts_of(row) for row in rows]
+    names = sorted(set().union(*demands))
+    return {name: np.array([amount.get(name, 0.0) for amount in demands]) for name in names}
+
+
+def _latencies(stacked: Mapping[str, Vector], rates: Rates) -> Vector:
+    return latency_ms(stacked, rates)  # type: ignore[arg-type, return-value]  # the formula holds for arrays too
 
 
 def _weights(rows: Sequence[Row]) -> Vector:
@@ -259,7 +300,9 @@ def error_table(errors: Sequence[Error]) -> Table:
     table.add_section()
     integer = [error for error in errors if error.row.precision != "float"]
     qnn = [error for error in errors if error.row.runtime in QNN_RUNTIMES]
+    stuck = unscaled([error.row for error in errors])
     _add(table, "all rows", errors)
+    _add(table, "that scale with the SoC", [error for error in errors if error.row not in stuck])
     _add(table, "quantized", integer)
     _add(table, "through QNN", qnn)
     _add(table, "quantized, through QNN", [error for error in integer if error.row.runtime in QNN_RUNTIMES])
@@ -277,18 +320,33 @@ def _add(table: Table, name: str, errors: Sequence[Error]) -> None:
 
 
 def order_table(errors: Sequence[Error]) -> Table:
-    """Pairs of precisions of one network on one SoC through one runtime: which is faster, measured and estimated."""
-    table = Table("model", "SoC", "runtime", "pair", "measured ms", "estimated ms", "same order")
-    found = {(error.row.group, error.row.runtime): error for error in errors}
-    for (group, runtime), narrow in found.items():
-        wide = found.get(((group[0], group[1], "w8a16"), runtime))
-        if group[2] != "w8a8" or wide is None:
-            continue
-        agrees = (narrow.row.ms < wide.row.ms) == (narrow.estimate < wide.estimate)
-        measured = f"{narrow.row.ms:.3f} / {wide.row.ms:.3f}"
-        estimated = f"{narrow.estimate:.3f} / {wide.estimate:.3f}"
-        table.add_row(group[0], group[1], runtime, "w8a8 / w8a16", measured, estimated, "yes" if agrees else "no")
+    """Pairs of precisions of one network on one SoC through one runtime: how many are estimated as measured."""
+    table = Table("faster / slower", "pairs", "same order", "through QNN", "same order", "wrong for")
+    pairs = pairs_of_precisions(errors)
+    kinds = defaultdict(list)
+    for pair in pairs:
+        kinds[" / ".join(error.row.precision for error in pair)].append(pair)
+    for kind, members in sorted(kinds.items()):
+        _add_order(table, kind, members)
+    table.add_section()
+    _add_order(table, "all", pairs)
     return table
+
+
+def pairs_of_precisions(errors: Iterable[Error]) -> list[tuple[Error, Error]]:
+    """Two rows each that differ in their precision only, the one measured faster first."""
+    alike = defaultdict(list)
+    for error in sorted(errors, key=lambda error: error.row.ms):
+        alike[error.row.model, error.row.part, error.row.runtime].append(error)
+    return [pair for group in alike.values() for pair in itertools.combinations(group, 2)]
+
+
+def _add_order(table: Table, name: str, pairs: Sequence[tuple[Error, Error]]) -> None:
+    qnn = [pair for pair in pairs if pair[0].row.runtime in QNN_RUNTIMES]
+    wrong = Counter(f"{fast.row.model} {fast.row.runtime}" for fast, slow in pairs if fast.estimate >= slow.estimate)
+    right = [sum(fast.estimate < slow.estimate for fast, slow in some) for some in (pairs, qnn)]
+    names = ", ".join(f"{times} {which}" for which, times in wrong.items())
+    table.add_row(name, str(len(pairs)), str(right[0]), str(len(qnn)), str(right[1]), names)
 
 
 def unmeasured_table(point: Vector, rows: Sequence[Row]) -> Table:

@@ -19,7 +19,6 @@ Amounts = Mapping[str, float]  # by name of the rate; amount / rate is milliseco
 OVERLAP = 2.5  # 1: the units take turns; infinity: the busiest one hides the others
 _MATRIX_KINDS = frozenset({"conv", "matmul"})
 _ATTENTION_KINDS = frozenset({"matmul", "softmax"})
-_TILED_KINDS = frozenset({"conv", "depthwise", "norm"})
 _MEGA = 1e6
 
 
@@ -77,11 +76,12 @@ def estimate(ops: Iterable[OpCount], rates: Rates, vtcm_mb: float) -> Estimate:
     unit, weighted by how much that unit counts (the derivative; the function is homogeneous, so they add up).
     """
     amounts = [demand(op, vtcm_mb) for op in ops]
-    busy = busy_times(total(amounts), rates)
+    summed = total(amounts)
+    busy = busy_times(summed, rates)
     combined = _combined(busy)
     weights = {unit: (time / combined) ** (OVERLAP - 1) if combined else 0.0 for unit, time in busy.items()}
-    shares = tuple(sum(weights[u] * time for u, time in busy_times(amount, rates).items()) for amount in amounts)
-    return Estimate(rates["overhead"] + combined, busy, shares)
+    shares = (sum(weights[u] * time for u, time in busy_times(amount, rates).items()) for amount in amounts)
+    return Estimate(latency_ms(summed, rates), busy, tuple(shares))
 
 
 def to_profile(ops: Sequence[OpCount], made: Estimate, model: CostModel) -> Profile:
@@ -126,27 +126,26 @@ def unit_of(rate: str) -> Unit:
     """The unit that a rate belongs to."""
     if rate.startswith("matrix"):
         return "matrix"
-    return "memory" if rate in ("ddr", "tiled") else "vector"
+    return "memory" if rate == "ddr" else "vector"
 
 
 def _combined(busy: Mapping[Unit, float]) -> float:
-    return float(sum(time**OVERLAP for time in busy.values()) ** (1 / OVERLAP))
+    combined: float = sum(time**OVERLAP for time in busy.values()) ** (1 / OVERLAP)
+    return combined
 
 
 def demand(op: OpCount, vtcm_mb: float) -> Amounts:
-    """What one op demands: GMAC of the matrix unit, MMAC or MB of the vector unit, MB of the memory, and one op."""
-    amounts = {"ops": 1.0} | dict([_work(op)])
-    if op.kind in _MATRIX_KINDS:
-        amounts |= {"operands" + _suffix(op): (op.read_bytes + op.written_bytes) / _MEGA}
-    return amounts | _traffic(op, vtcm_mb)
+    """What one op demands: GMAC of the matrix unit, MMAC and MB of the vector unit, MB of the memory, and one op."""
+    return {"ops": 1.0, "ddr": _traffic(op, vtcm_mb)} | _work(op)
 
 
-def _work(op: OpCount) -> tuple[str, float]:
+def _work(op: OpCount) -> dict[str, float]:
+    data = (op.read_bytes + op.written_bytes) / _MEGA
     if op.kind in _MATRIX_KINDS:
-        return f"matrix_{_precision(op)}", op.tiled_macs / 1e9
-    if op.kind == "depthwise":
-        return f"depthwise_{_precision(op)}", op.macs / _MEGA
-    return op.kind + _suffix(op), (op.read_bytes + op.written_bytes) / _MEGA
+        return {f"matrix_{_precision(op)}": op.tiled_macs / 1e9, "operands" + _suffix(op): data}
+    if op.kind == "depthwise":  # a large kernel multiplies more for each byte than a small one
+        return {f"depthwise_{_precision(op)}": op.macs / _MEGA, "elementwise" + _suffix(op): data}
+    return {op.kind + _suffix(op): data}
 
 
 def _precision(op: OpCount) -> str:
@@ -159,12 +158,9 @@ def _suffix(op: OpCount) -> str:
     return "" if op.quantized else "_float"
 
 
-def _traffic(op: OpCount, vtcm_mb: float) -> dict[str, float]:
-    """Weights, and activations that do not fit the VTCM.
-
-    Attention over several heads at once goes through the memory whole; images are worked on in tiles, of which a part
-    does.
-    """
-    large = [size for size in (op.read_bytes / _MEGA, op.written_bytes / _MEGA) if size > vtcm_mb]
-    spilled = sum(large) if op.kind in _ATTENTION_KINDS and op.matrices > 1 else 0.0
-    return {"ddr": op.weight_bytes / _MEGA + spilled, "tiled": sum(large) if op.kind in _TILED_KINDS else 0.0}
+def _traffic(op: OpCount, vtcm_mb: float) -> float:
+    """MB of weights, and of the activations of attention over several heads at once that do not fit the VTCM."""
+    weights = op.weight_bytes / _MEGA
+    if op.kind not in _ATTENTION_KINDS or op.matrices == 1:
+        return weights
+    return weights + sum(size for size in (op.read_bytes / _MEGA, op.written_bytes / _MEGA) if size > vtcm_mb)

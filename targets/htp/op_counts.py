@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, shape_inference
 
 from fraqat_compiler.errors import TargetError
 
-Kind = Literal["conv", "matmul", "depthwise", "softmax", "norm", "elementwise", "transpose", "copy"]
+Kind = Literal["conv", "matmul", "depthwise", "softmax", "norm", "elementwise", "transpose", "rows", "copy"]
 
 FLOAT_BITS = 16  # the HTP computes a float graph in half precision
 TILE = 32  # channels that the matrix unit takes at once
@@ -54,7 +54,8 @@ class OpCount:
         name: of the node.
         op: ONNX op type.
         kind: which unit of the HTP does it, and how: `conv` (also a matrix product with constant weights) and `matmul`
-            (of two activations) on the matrix unit, the others on the vector unit.
+            (of two activations) on the matrix unit, the others on the vector unit; `rows` is a transpose that keeps
+            the last axis, as that of heads of attention.
         macs: multiply-accumulates.
         tiled_macs: the same with channels rounded up to whole tiles of the matrix unit.
         read: elements of activations read.
@@ -172,6 +173,10 @@ class _Graph:
         moved = [axis for axis in order if shape[axis] != 1]
         return moved == sorted(moved) or order in _TO_IMAGE_LAYOUT
 
+    def _keeps_rows(self, node: NodeProto) -> bool:
+        rank = len(self._shape(node.input[0]))
+        return _order(node, rank)[-1] == rank - 1
+
     def _count(self, node: NodeProto) -> OpCount:
         activations = [name for name in node.input if name and name not in self._constants]
         weight = self._weight(node)
@@ -193,6 +198,8 @@ class _Graph:
         )
 
     def _kind(self, node: NodeProto) -> Kind:
+        if node.op_type == "Transpose" and self._keeps_rows(node):
+            return "rows"
         if node.op_type not in _PRODUCTS:
             return _KINDS.get(node.op_type, "elementwise")
         if node.op_type.startswith("Conv"):
