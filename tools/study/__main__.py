@@ -6,6 +6,7 @@
     python tools/study gpu --arms direct,fraqat --precisions W4A8
     python tools/study text-lm --data DIR    # a language model
     python tools/study text-embed --data DIR # a sentence encoder
+    python tools/study page                  # docs/study.md again, when notes beside the results have changed
 
 What is done is kept under --out and not done again, so it can be cut off at any moment. Results come seed by seed, the
 headline's arms first; `docs/study.md` is written anew from them after every run.
@@ -29,12 +30,17 @@ from images import FASHION_FOLDER  # noqa: E402
 from runs import Bench, RunKey  # noqa: E402
 from study_config import CONFIGS, ImageConfig, LanguageConfig, SentenceConfig, StudyConfig  # noqa: E402
 from subject import MissingDataError, Subject  # noqa: E402
-from summary import save_samples, write_summary  # noqa: E402
+from summary import save_samples, write_page, write_summary  # noqa: E402
+
+PAGE = "page"
 
 
 def main() -> None:
     """Run the study from the command line."""
     options = _options()
+    if options.config == PAGE:
+        write_page(options.docs)
+        return
     try:
         _study(options)
     except (MissingDataError, ModuleNotFoundError) as error:
@@ -43,7 +49,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", choices=CONFIGS, help="size of the study")
+    parser.add_argument("config", choices=[*CONFIGS, PAGE], help="size of the study")
     parser.add_argument("--data", type=Path, help="folder of the data set")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "study", help="folder for the results")
     parser.add_argument("--arms", default=",".join(ARMS), help="arms, with commas")
@@ -51,6 +57,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="runs of each trained arm; the configuration has a number of its own")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder for study.md")
     options = parser.parse_args()
+    if options.config == PAGE:
+        return options
     precisions = CONFIGS[options.config].kind.precisions
     options.precisions = options.precisions or next(iter(precisions))
     for given, known in ((options.arms, ARMS), (options.precisions, precisions)):

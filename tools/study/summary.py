@@ -31,7 +31,7 @@ Groups = dict[tuple[str, str], list[Run]]
 
 
 def write_summary(folder: Path, docs: Path, config: StudyConfig) -> None:
-    """Write `docs/study/<config>.json` and its plot from `folder/runs`, then `docs/study.md` from all such files."""
+    """Write `docs/study/<config>.json` and its plot from `folder/runs`, then the page."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
     results = docs / RESULTS
     results.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,12 @@ def write_summary(folder: Path, docs: Path, config: StudyConfig) -> None:
         content["float"] = json.loads((folder / "float.json").read_text(encoding="utf-8"))
     (results / f"{config.name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _plot(_groups(runs), config.kind, results / f"{config.name}.png")
-    parts = [_section(path) for path in sorted(results.glob("*.json"))]
+    write_page(docs)
+
+
+def write_page(docs: Path) -> None:
+    """Write `docs/study.md` from the results and notes in `docs/study`."""
+    parts = [_section(path) for path in sorted((docs / RESULTS).glob("*.json"))]
     (docs / "study.md").write_text("\n".join([_HEAD, *parts]), encoding="utf-8")
 
 
@@ -59,8 +64,8 @@ _HEAD = """# What fractional bits buy
 A float model, the teacher, is brought to few bits by every arm, with the same number of steps, the same batches in the
 same order, and the learning rate of the same sweep that suits the arm best (measured on noise or text that no table
 uses). Every figure is of the exported ONNX file, run by onnxruntime. Mean with its 95 % interval (Student's t over
-seeds). Beside `direct`: the difference of the first metric in percent with its 95 % interval and p of the paired
-t-test, seed by seed.
+seeds). Beside `direct`, and beside the float model: the difference of the first metric in percent, with its 95 %
+interval and p of the paired t-test, seed by seed.
 
 `python tools/study CONFIG` runs it; this page is written from the JSON files in [study/](study/).
 """
