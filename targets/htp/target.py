@@ -44,6 +44,7 @@ DEFAULT_SOC = "sm8750"
 OLDEST_GLIBC = (2, 35)
 SIGMOIDS = frozenset({"aten.sigmoid", "aten.hardsigmoid"})
 HIGHEST_SIGMOID = 65535 / 65536
+SIGNED_FACTORS = 73  # the first architecture that multiplies unsigned by signed 16 bits
 SOFTMAX_AT_8_BITS = 10  # elements; one of n is at least 1 / n, and from 0.1 on the library is right at 8 bits
 
 
@@ -55,11 +56,10 @@ class HtpTarget(Target):
     emulator, whose numbers are the hardware's and whose times are not.
 
     Options: `soc` is a part, a marketing name or a phone ("Galaxy S25 Ultra"; sm8750 if it is left out), and `device`
-    another name of that option; `vtcm_mb` limits the memory the graph may plan with (0: the SoC's own); `performance_mode` is QNN's;
-    `optimization` is the effort of the compiler, 1 to 3; `io` says whether the graph takes and gives floats, or the 8-
-    or 16-bit codes of its quantizers (`run` takes and gives floats all the same); `spill_fill` lets graphs of one
-    application share the memory that what does not fit the VTCM is spilled to. `split_products` computes 16-bit
-    MatMuls of two activations as two each, ten times nearer to the graph, at twice the work.
+    another name of that option; `vtcm_mb` limits the memory the graph may plan with (0: the SoC's own);
+    `performance_mode` is QNN's; `optimization` is the effort of the compiler, 1 to 3; `io` says whether the graph takes
+    and gives floats, or the 8- or 16-bit codes of its quantizers (`run` takes and gives floats all the same);
+    `spill_fill` lets graphs of one application share the memory that what does not fit the VTCM is spilled to.
     """
 
     name: ClassVar[str] = "htp"
@@ -69,7 +69,6 @@ class HtpTarget(Target):
     optimization: Literal[1, 2, 3] = 3
     io: Literal["float", "quantized"] = "float"
     spill_fill: bool = False
-    split_products: bool = False
     device: str = ""
 
     def __post_init__(self) -> None:
@@ -126,7 +125,7 @@ class HtpTarget(Target):
 
     def prepare_pipeline(self) -> str:
         """Shapes are simplified last: what the passes before them write out has some too."""
-        fusions = "divide-by-roots,fuse-rms-norm,fuse-gelu"
+        fusions = "divide-by-roots,fuse-rms-norm,fuse-gelu,rotate-pairs"
         text = super().prepare_pipeline().replace("decompose-attention", f"{fusions},decompose-attention")
         return f"{text},decompose-pad,convolve-average-pools,scatter-rows,weigh-norms,reduce-rank,simplify-shapes"
 
@@ -134,8 +133,8 @@ class HtpTarget(Target):
         """Opset 23 has RMSNormalization; the rest is what the library refuses or computes wrongly, pass by pass."""
         text = super().lower_pipeline().replace("export-onnx", "export-onnx{opset=23}")
         text = text.replace("share-qdq", "drop-negligible-addends,span-logarithms,share-qdq")
-        widths = "convert-widths,split-products" if self.split_products else "convert-widths"
-        legalize = f"{widths},decompose-softplus,flatten-tanh,span-softmax-inputs,expand-constants"
+        widths = "convert-widths,sign-factors" if self.chip.htp_arch >= SIGNED_FACTORS else "convert-widths"
+        legalize = f"{widths},decompose-softplus,expand-tanh,flatten-tanh,span-softmax-inputs,expand-constants"
         return text.replace("pack-int4", f"{legalize},pack-int4")
 
     def check(self, model: Path) -> list[Finding]:
