@@ -92,7 +92,7 @@ CalibrationRange = Annotated[
     RangeMethod | None,
     typer.Option(
         "--calibration-range",
-        help="How activation ranges follow from the data (default: minmax; mse with a fine-tune).",
+        help="How activation ranges follow from the data (default: minmax; mse with a fine-tune, but for logits).",
     ),
 ]
 CalibrationSamples = Annotated[

@@ -37,7 +37,8 @@ class CompileOptions:
         seed: of every random choice.
         strict: an op that stays in float unexpectedly is an error.
         skip: modules left in float, patterns joined by commas.
-        range_method: how activation ranges follow from calibration; None is `minmax` without a fine-tune, else `mse`.
+        range_method: how activation ranges follow from calibration; None is `minmax` without a fine-tune
+            and for logits, else `mse`.
         calibration_samples: of the calibration data only as many batches as hold so many samples; None is all.
         dynamic: activation ranges are taken from every token anew, as in FraQAT's GPU runs; simulation only.
         weight_range: how weight ranges follow from the weights; None is `mse` without a fine-tune, else `minmax`.

@@ -35,9 +35,13 @@ def recipe_of(text: str, *, steps: int | None) -> str:
     return NO_RECIPE if steps == 0 else RECIPE
 
 
-def activation_range_of(asked: RangeMethod | None, *, fine_tuned: bool, dynamic: bool) -> RangeMethod:
-    """How activation ranges follow from calibration; those of each token anew clip nothing."""
-    return asked or ("mse" if fine_tuned and not dynamic else "minmax")
+def activation_range_of(asked: RangeMethod | None, *, outputs: Outputs, fine_tuned: bool, dynamic: bool) -> RangeMethod:
+    """How activation ranges follow from calibration; those of each token anew clip nothing.
+
+    In language models the few largest values are the ones that matter (Sun et al. 2024, arXiv 2402.17762): least
+    squared error clips them.
+    """
+    return asked or ("mse" if fine_tuned and not dynamic and outputs == "values" else "minmax")
 
 
 def weight_range_of(asked: RangeMethod | None, *, fine_tuned: bool) -> RangeMethod:

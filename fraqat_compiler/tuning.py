@@ -165,11 +165,14 @@ class Tuning:
 
     def _insert_pass(self, weights: str) -> InsertFakeQuant:
         tuned = self._steps > 0
+        activation_range = activation_range_of(
+            self.options.range_method, outputs=self.job.outputs, fine_tuned=tuned, dynamic=self.options.dynamic
+        )
         return InsertFakeQuant(
             weights=weights,
             activations=self.options.activations,
             skip=self.options.skip,
-            range_method=activation_range_of(self.options.range_method, fine_tuned=tuned, dynamic=self.options.dynamic),
+            range_method=activation_range,
             weight_range=weight_range_of(self.options.weight_range, fine_tuned=tuned),
             strict=self.options.strict,
             dynamic=self.options.dynamic,

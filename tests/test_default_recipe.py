@@ -12,7 +12,9 @@ from torch import nn
 from fraqat_compiler import Job, simulate
 from fraqat_compiler.compile_options import make_options
 from fraqat_compiler.default_recipe import RECIPE
+from fraqat_compiler.fake_quant import ActivationFakeQuantize
 from fraqat_compiler.job import Outputs
+from fraqat_compiler.quant_spec import RangeMethod
 
 
 @pytest.mark.parametrize(("steps", "recipe"), [(None, RECIPE), (10, RECIPE), (0, "")])
@@ -52,3 +54,22 @@ def test_the_default_loss_follows_from_what_the_outputs_are(outputs: Outputs, lo
     job = Job.from_model(model, inputs, train_data=lambda: [inputs], outputs=outputs)
     assert simulate(job, output=tmp_path, steps=10).report["options"]["loss"] == loss
     assert simulate(job, output=tmp_path, steps=10, loss="mse").report["options"]["loss"] == "mse"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "steps", "asked", "method"),
+    [
+        ("values", 10, None, "mse"),
+        ("values", 0, None, "minmax"),
+        ("logits", 10, None, "minmax"),
+        ("logits", 10, "mse", "mse"),
+    ],
+)
+def test_activation_ranges_by_default(
+    outputs: Outputs, steps: int, asked: RangeMethod | None, method: str, tmp_path: Path
+) -> None:
+    model, inputs = nn.Linear(4, 4), (torch.randn(2, 4),)
+    job = Job.from_model(model, inputs, train_data=lambda: [inputs], outputs=outputs)
+    student = simulate(job, output=tmp_path, steps=steps, recipe="", range_method=asked).student
+    modules = [module for module in student.modules() if isinstance(module, ActivationFakeQuantize)]
+    assert {module.spec.range_method for module in modules} == {method}

@@ -45,9 +45,9 @@ ARMS = {
     for arm in (
         Arm("auto", "the product's defaults", _AUTO),
         Arm(
-            "auto-minmax",
-            "the same on activation ranges from the least to the greatest value",
-            _AUTO | {"range_method": "minmax"},
+            "auto-mse-ranges",
+            "the same on activation ranges of least squared error, the default but for logits",
+            _AUTO | {"range_method": "mse"},
             rate_of="auto",
         ),
         Arm("auto-groups", "auto, with a scale for every 32 weights of a row", _AUTO | _GROUPS, rate_of="auto"),
