@@ -89,6 +89,25 @@ def test_what_is_done_is_not_done_again(study: SimpleNamespace, tmp_path: Path) 
     assert bench.result(key) == {"kept": True}
 
 
+@pytest.mark.parametrize(
+    ("distances", "best"),
+    [
+        ({6e-5: 3.0, 2e-4: 2.0, 6e-4: 4.0}, 2e-4),
+        ({2e-5: 5.0, 6e-5: 3.0, 2e-4: 4.0, 6e-4: 4.0}, 6e-5),
+        ({6e-5: 3.0, 2e-4: 2.0, 6e-4: 1.0, 2e-3: 0.5, 6e-3: 0.4}, 6e-3),  # and no further
+    ],
+)
+def test_a_sweep_goes_on_where_its_best_lies_at_an_end(
+    study: SimpleNamespace, tmp_path: Path, distances: dict[float, float], best: float
+) -> None:
+    (tmp_path / "runs").mkdir()
+    for rate, distance in distances.items():
+        name = study.runs.RunKey("W4A8", "direct", rate, 0, sweep=True).name
+        (tmp_path / "runs" / f"{name}.json").write_text(json.dumps({"metrics": {"frechet_teacher": distance}}))
+    bench = study.runs.Bench(study.study_config.CONFIGS["cpu"], None, tmp_path)
+    assert bench.best_rate("W4A8", "direct") == best
+
+
 def test_images_are_padded_and_scaled(study: SimpleNamespace, tmp_path: Path) -> None:
     pixels = np.zeros((2, 28, 28), np.uint8)
     pixels[1] = 255

@@ -104,20 +104,10 @@ def runs_of(bench: Bench, precision: str, arms: Sequence[str], seeds: Sequence[i
         if not ARMS[arm].trains:
             yield RunKey(precision, arm, None, 0)
     trained = [arm for arm in arms if ARMS[arm].trains]
-    rates = {arm: best_rate(bench, precision, ARMS[arm].rate_of or arm) for arm in trained}
+    rates = {arm: bench.best_rate(precision, ARMS[arm].rate_of or arm) for arm in trained}
     for seed in seeds:
         for arm in trained:
             yield RunKey(precision, arm, rates[arm], seed)
-
-
-def best_rate(bench: Bench, precision: str, arm: str) -> float:
-    """The learning rate of the sweep that comes nearest to the teacher."""
-    rates = bench.config.learning_rates
-    if len(rates) == 1:
-        return rates[0]
-    swept = bench.config.kind.swept
-    distances = {rate: bench.result(RunKey(precision, arm, rate, 0, sweep=True))["metrics"][swept] for rate in rates}
-    return min(distances, key=lambda rate: distances[rate])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import fraqat_compiler
 from fraqat_compiler.parity import name_arrays, onnx_runner
 from fraqat_compiler.progress import RichProgress
 
+FURTHER_RATES, RATE_RATIO = 2, 3  # beyond an end of a sweep
+
 
 @dataclass(frozen=True)
 class RunKey:
@@ -59,6 +61,22 @@ class Bench:
     def result(self, key: RunKey) -> dict[str, Any]:
         """The result of a run, from its file or by running it."""
         return _kept(self.folder / "runs" / f"{key.name}.json", lambda: self._run(key))
+
+    def best_rate(self, precision: str, arm: str) -> float:
+        """The learning rate that comes nearest to the teacher; the sweep goes on beyond an end where the best lies."""
+        rates = list(self.config.learning_rates)
+        if len(rates) == 1:
+            return rates[0]
+        distances: dict[float, float] = {}
+        for _ in range(1 + FURTHER_RATES):
+            for rate in set(rates) - set(distances):
+                swept = self.result(RunKey(precision, arm, rate, 0, sweep=True))
+                distances[rate] = swept["metrics"][self.config.kind.swept]
+            best = min(distances, key=lambda rate: distances[rate])
+            if min(rates) < best < max(rates):
+                break
+            rates.append(float(f"{best / RATE_RATIO if best == min(rates) else best * RATE_RATIO:.1g}"))
+        return best
 
     def _run(self, key: RunKey) -> dict[str, Any]:
         output, start, kind = self.folder / "work" / key.name, time.perf_counter(), self.config.kind
