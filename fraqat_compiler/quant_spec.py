@@ -50,6 +50,7 @@ class QuantSpec:
         dynamic: the range is taken anew from every input, one per token (last dimension); simulation only.
         range_method: how calibration turns what it saw into a range.
         range_max: an activation's grid spans [0, range_max] whatever calibration saw; None lets calibration say.
+        centred: the zero_point of an unsigned asymmetric grid is its middle, 128 at 8 bits, whatever the range.
     """
 
     bit_width: float = 8.0
@@ -60,6 +61,7 @@ class QuantSpec:
     dynamic: bool = False
     range_method: RangeMethod = "minmax"
     range_max: float | None = None
+    centred: bool = False
 
     def __post_init__(self) -> None:
         code_range(self.bit_width, signed=self.signed)

@@ -102,6 +102,10 @@ def asymmetric_parameters(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[T
         scale, and zero_point as int32, both shaped like `low`.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
+    if spec.centred:
+        middle = (spec.quant_max + 1) // 2
+        scale = _usable(torch.maximum(-low / middle, high / (spec.quant_max - middle)))
+        return scale, torch.full_like(scale, middle, dtype=torch.int32)
     scale = _usable((high - low) / (spec.quant_max - spec.quant_min))
     zero_point = (spec.quant_min - torch.round(low / scale)).clamp(spec.quant_min, spec.quant_max)
     return scale, zero_point.to(torch.int32)

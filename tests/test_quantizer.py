@@ -124,6 +124,15 @@ def test_integer_zero_point_holds_zero_and_reaches_both_ends() -> None:
     assert float((values - ends).abs().max()) <= float(scale) / 2 + 1e-6
 
 
+@pytest.mark.parametrize(("low", "high"), [(-0.7, 2.3), (-2.3, 0.7), (0.0, 1.0)])
+def test_a_centred_grid_has_its_zero_in_the_middle(low: float, high: float) -> None:
+    spec = QuantSpec(bit_width=8, symmetric=False, signed=False, centred=True)
+    scale, zero_point = asymmetric_parameters(torch.tensor(low), torch.tensor(high), spec)
+    assert zero_point == 128
+    assert -128 * scale <= low + 1e-6 and high - 1e-6 <= 127 * scale
+    assert min(low + 128 * scale, 127 * scale - high) < scale
+
+
 def test_codes_are_what_onnx_quantize_linear_computes() -> None:
     import onnx
     import onnxruntime as ort

@@ -99,12 +99,13 @@ class HtpTarget(Target):
     def quant_spec(self, request: TensorRequest) -> QuantSpec | Unquantized:
         """What the library takes: symmetric signed weights, unsigned activations, u8 norm weights.
 
-        A lookup table is per tensor at 8 bits and unsigned like activations, because a Gather has one grid. Depthwise
-        kernels keep 8 bits at 16-bit activations, where 4-bit ones stray by 26 to 62 LSB. Grouped transposed
-        convolutions have 8 bits per tensor: per channel they are wrong, or refused with a bias, as 4 bits per tensor
-        are. A softmax over many elements has 16 bits: at 8 the library computes a flat one too large, by 19 % at 256
-        elements and more than twofold at 1024. A sigmoid at 16 bits spans [0, 1): the library gives it that grid
-        whatever the file says, and then scales the bias of a layer behind it wrongly.
+        A lookup table is per tensor at 8 bits and unsigned like activations, because a Gather has one grid; its zero
+        point is 128, because a 16-bit kernel that reads it too, as a tied head does, cuts off what is 128 or more steps
+        above it. Depthwise kernels keep 8 bits at 16-bit activations, where 4-bit ones stray by 26 to 62 LSB. Grouped
+        transposed convolutions have 8 bits per tensor: per channel they are wrong, or refused with a bias, as 4 bits
+        per tensor are. A softmax over many elements has 16 bits: at 8 the library computes a flat one too large, by
+        19 % at 256 elements and more than twofold at 1024. A sigmoid at 16 bits spans [0, 1): the library gives it that
+        grid whatever the file says, and then scales the bias of a layer behind it wrongly.
         """
         spec = super().quant_spec(request)
         if isinstance(spec, Unquantized):
@@ -116,7 +117,7 @@ class HtpTarget(Target):
         if request.role != "weight":
             return spec
         if request.op == "embedding":
-            return QuantSpec(bit_width=8, symmetric=False, signed=False)
+            return QuantSpec(bit_width=8, symmetric=False, signed=False, centred=True)
         if request.depthwise and request.op == "conv_transpose":
             return dataclasses.replace(spec, bit_width=max(spec.bit_width, 8), axis=None)
         if request.depthwise and request.activation_bit_width > 8:
@@ -127,7 +128,8 @@ class HtpTarget(Target):
         """Shapes are simplified last: what the passes before them write out has some too."""
         fusions = "divide-by-roots,fuse-rms-norm,fuse-gelu,rotate-pairs"
         text = super().prepare_pipeline().replace("decompose-attention", f"{fusions},decompose-attention")
-        return f"{text},decompose-pad,convolve-average-pools,scatter-rows,weigh-norms,reduce-rank,simplify-shapes"
+        legalize = "decompose-pad,mask-triangles,convolve-average-pools,scatter-rows,weigh-norms"
+        return f"{text},{legalize},reduce-rank,simplify-shapes"
 
     def lower_pipeline(self) -> str:
         """Opset 23 has RMSNormalization; the rest is what the library refuses or computes wrongly, pass by pass."""
