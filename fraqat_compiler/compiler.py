@@ -199,9 +199,12 @@ class _Compilation(Tuning):
 
     def _warn_of_distance(self, stages: dict[str, Parity]) -> None:
         if self.layerwise["strays"]:
+            count = self.layerwise["strays"]
             self.warnings.append(
-                f"{self.layerwise['node']} ({self.layerwise['op']}) of {MODEL_FILE} computes something else than in "
-                f"the trained graph: on the same inputs ops are up to {self.layerwise['max_lsb']:.2f} LSB apart."
+                f"{count} op{'s' * (count > 1)} of {MODEL_FILE}, first {self.layerwise['node']} "
+                f"({self.layerwise['op']}), round differently than in the trained graph: up to "
+                f"{self.layerwise['max_lsb']:.2f} LSB on the same inputs. A pass that gives a tensor another grid for "
+                "the target's sake does that, as a fault would."
             )
         floor = self.noise_floor
         for name, stage in stages.items():
