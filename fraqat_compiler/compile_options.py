@@ -41,7 +41,8 @@ class CompileOptions:
             and for logits, else `mse`.
         calibration_samples: of the calibration data only as many batches as hold so many samples; None is all.
         dynamic: activation ranges are taken from every token anew, as in FraQAT's GPU runs; simulation only.
-        weight_range: how weight ranges follow from the weights; None is `mse` without a fine-tune, else `minmax`.
+        weight_range: how weight ranges follow from the weights; None is `mse` without a fine-tune,
+            else `minmax`; `minmax` for logits.
         lr: learning rate of the fine-tune; None is the loop's default.
         tracer: how the model is captured.
         checkpoint_every: steps between checkpoints of the fine-tune; None is the loop's default.

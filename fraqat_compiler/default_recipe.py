@@ -44,6 +44,9 @@ def activation_range_of(asked: RangeMethod | None, *, outputs: Outputs, fine_tun
     return asked or ("mse" if fine_tuned and not dynamic and outputs == "values" else "minmax")
 
 
-def weight_range_of(asked: RangeMethod | None, *, fine_tuned: bool) -> RangeMethod:
-    """How weight ranges follow from the weights; a fine-tune starts from the paper's, the largest magnitude."""
-    return asked or ("minmax" if fine_tuned else "mse")
+def weight_range_of(asked: RangeMethod | None, *, outputs: Outputs, fine_tuned: bool) -> RangeMethod:
+    """How weight ranges follow from the weights; a fine-tune starts from the paper's, the largest magnitude.
+
+    So do language models, whose perplexity least squared error doubles (`docs/study.md`).
+    """
+    return asked or ("mse" if not fine_tuned and outputs == "values" else "minmax")

@@ -164,16 +164,16 @@ class Tuning:
         return trial
 
     def _insert_pass(self, weights: str) -> InsertFakeQuant:
-        tuned = self._steps > 0
+        tuned, outputs = self._steps > 0, self.job.outputs
         activation_range = activation_range_of(
-            self.options.range_method, outputs=self.job.outputs, fine_tuned=tuned, dynamic=self.options.dynamic
+            self.options.range_method, outputs=outputs, fine_tuned=tuned, dynamic=self.options.dynamic
         )
         return InsertFakeQuant(
             weights=weights,
             activations=self.options.activations,
             skip=self.options.skip,
             range_method=activation_range,
-            weight_range=weight_range_of(self.options.weight_range, fine_tuned=tuned),
+            weight_range=weight_range_of(self.options.weight_range, outputs=outputs, fine_tuned=tuned),
             strict=self.options.strict,
             dynamic=self.options.dynamic,
         )

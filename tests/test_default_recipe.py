@@ -12,7 +12,7 @@ from torch import nn
 from fraqat_compiler import Job, simulate
 from fraqat_compiler.compile_options import make_options
 from fraqat_compiler.default_recipe import RECIPE
-from fraqat_compiler.fake_quant import ActivationFakeQuantize
+from fraqat_compiler.fake_quant import ActivationFakeQuantize, WeightFakeQuantize
 from fraqat_compiler.job import Outputs
 from fraqat_compiler.quant_spec import RangeMethod
 
@@ -73,3 +73,14 @@ def test_activation_ranges_by_default(
     student = simulate(job, output=tmp_path, steps=steps, recipe="", range_method=asked).student
     modules = [module for module in student.modules() if isinstance(module, ActivationFakeQuantize)]
     assert {module.spec.range_method for module in modules} == {method}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "steps", "method"), [("values", 0, "mse"), ("values", 10, "minmax"), ("logits", 0, "minmax")]
+)
+def test_weight_ranges_by_default(outputs: Outputs, steps: int, method: str, tmp_path: Path) -> None:
+    model, inputs = nn.Linear(4, 4), (torch.randn(2, 4),)
+    job = Job.from_model(model, inputs, train_data=lambda: [inputs], outputs=outputs)
+    student = simulate(job, output=tmp_path, steps=steps, recipe="").student
+    modules = [module for module in student.modules() if isinstance(module, WeightFakeQuantize)]
+    assert [module.spec.range_method for module in modules] == [method]
