@@ -39,7 +39,7 @@ def write_summary(folder: Path, docs: Path, config: StudyConfig) -> None:
     if (folder / "float.json").is_file():
         content["float"] = json.loads((folder / "float.json").read_text(encoding="utf-8"))
     (results / f"{config.name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _plot(_groups(runs), config.kind, results / f"{config.name}.png")
+    _plot(_groups(runs, config.kind), config.kind, results / f"{config.name}.png")
     write_page(docs)
 
 
@@ -71,12 +71,15 @@ interval and p of the paired t-test, seed by seed.
 """
 
 
-def _groups(runs: Sequence[Run]) -> Groups:
-    """Runs by precision and arm, the sweep's left out, arms in their own order."""
+def _groups(runs: Sequence[Run], kind: Kind) -> Groups:
+    """Runs by precision and arm, each in its own order, the sweep's left out."""
     groups: Groups = defaultdict(list)
-    order = list(ARMS)
-    measured = [run for run in runs if not run["sweep"] and run["arm"] in ARMS]
-    for run in sorted(measured, key=lambda run: (run["precision"], order.index(run["arm"]), run["seed"])):
+    arms, precisions = list(ARMS), list(kind.precisions)
+
+    def rank(run: Run) -> tuple[int, int, int]:
+        return precisions.index(run["precision"]), arms.index(run["arm"]), run["seed"]
+
+    for run in sorted((run for run in runs if not run["sweep"] and run["arm"] in arms), key=rank):
         groups[run["precision"], run["arm"]].append(run)
     return groups
 
@@ -89,7 +92,8 @@ def _notes(results: Path) -> list[str]:
 
 def _section(results: Path) -> str:
     content = json.loads(results.read_text(encoding="utf-8"))
-    config, groups = config_of(content["config"]), _groups(content["runs"])
+    config = config_of(content["config"])
+    groups = _groups(content["runs"], config.kind)
     lines = [f"## `{config.name}`: {config.title}", "", config.description, "", *_notes(results)]
     for precision in dict.fromkeys(precision for precision, _ in groups):
         note = config.kind.notes.get(precision)
