@@ -13,7 +13,7 @@ from fraqat_compiler import lazy_values, qdq
 
 @dataclass(frozen=True)
 class Grid:
-    """Scale and zero point of a whole tensor, and the unsigned type of its codes."""
+    """Scale and zero point of a whole tensor, and the type of its codes."""
 
     scale: float
     zero_point: int
@@ -28,13 +28,14 @@ class Grid:
     @staticmethod
     def spanning(lowest: float, highest: float, stored: np.dtype[np.generic]) -> Grid:
         """The one whose codes reach from `lowest`, 0 at most, to `highest`, above it, as nearly as zero allows."""
-        scale = float(np.float32((highest - lowest) / lazy_values.type_range(stored)[1]))
-        return Grid(scale, round(-lowest / scale), stored)
+        first, last = lazy_values.type_range(stored)
+        scale = float(np.float32((highest - lowest) / (last - first)))
+        return Grid(scale, first + round(-lowest / scale), stored)
 
     @property
     def lowest(self) -> float:
         """The value of the first code."""
-        return -self.zero_point * self.scale
+        return (lazy_values.type_range(self.stored)[0] - self.zero_point) * self.scale
 
     @property
     def highest(self) -> float:
@@ -77,6 +78,15 @@ class Writer:
         like = gs.Node(qdq.QUANTIZE, "", {}, [gs.Variable(""), scale, zero_point])
         result = qdq.insert_pair(self.graph, self.names, tensor, like, [])
         like.inputs.clear()
+        return result
+
+    def number(self, value: float, beside: str, stored: np.dtype[np.generic]) -> gs.Variable:
+        """A dequantized constant, on a grid that ends with it."""
+        grid = Grid.spanning(min(value, 0.0), max(value, 0.0), stored)
+        code = np.array(lazy_values.type_range(stored)[int(value > 0)], stored)
+        constant = lazy_values.constant(self.names.free(f"{beside}_number"), code)
+        result = gs.Variable(self.names.free(f"{beside}_number_dq"), np.float32, [])
+        self.op(qdq.DEQUANTIZE, beside, [constant, *self.parameters(grid)], result)
         return result
 
     def parameters(self, grid: Grid) -> tuple[gs.Constant, gs.Constant]:

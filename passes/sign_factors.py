@@ -8,8 +8,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from fraqat_compiler import lazy_values, qdq
+from fraqat_compiler import qdq
 from fraqat_compiler.pass_base import OnnxPass, PassContext, PassResult
+from fraqat_compiler.qdq_writer import Grid, Writer
 
 _UNSIGNED, _SIGNED = np.dtype(np.uint16), np.dtype(np.int16)
 _HIGHEST = 127 * 257  # of two signed bytes, 127 * 256 + 127: columns with codes beyond it stray by 30 to 75 steps
@@ -30,9 +31,9 @@ class SignFactors(OnnxPass):
 
     def run(self, model: gs.Graph, ctx: PassContext) -> PassResult:
         wide = [node for node in model.nodes if node.op == "MatMul" and _is_wide(node)]
-        writer = _Writer(model)
+        signer = _Signer(model)
         for node in wide:
-            node.inputs[1] = writer.signed(node.inputs[1])
+            node.inputs[1] = signer.signed(node.inputs[1])
         if wide:
             qdq.finish(model)
         return PassResult(model, bool(wide), tuple(f"signed the second factor of {node.name}" for node in wide))
@@ -49,32 +50,23 @@ def _is_wide(node: gs.Node) -> bool:
     )
 
 
-class _Writer:
+class _Signer:
     """One run: a tensor that several products read is converted once."""
 
     def __init__(self, graph: gs.Graph) -> None:
-        self.graph = graph
-        self.names = qdq.Names(graph)
-        self.constants = qdq.SharedConstants(graph, self.names)
+        self.writer = Writer(graph)
         self.known: dict[str, gs.Variable] = {}
 
     def signed(self, tensor: gs.Tensor) -> gs.Variable:
         """The values of a dequantized tensor, through a pair of int16."""
         if tensor.name not in self.known:
-            like = self._grid(tensor)
-            self.known[tensor.name] = qdq.insert_pair(self.graph, self.names, tensor, like, [])
-            like.inputs.clear()
+            self.known[tensor.name] = self.writer.pair(tensor, _around_zero(tensor))
         return self.known[tensor.name]
 
-    def _grid(self, tensor: gs.Tensor) -> gs.Node:
-        """A quantizer to copy: as far to both sides as the tensor's own goes to one."""
-        source = qdq.made_by(tensor, qdq.DEQUANTIZE)
-        assert source is not None
-        step, offset = (float(lazy_values.values_of(item)) for item in source.inputs[1:3])
-        furthest = max(offset, float(np.iinfo(_UNSIGNED).max) - offset) * step
-        scale = np.array(furthest / _HIGHEST, np.float32)
-        constants = [
-            self.constants.get(f"scale_{float(scale):.6g}", scale),
-            self.constants.zero_point(np.array(0, _SIGNED)),
-        ]
-        return gs.Node(qdq.QUANTIZE, "", {}, [gs.Variable(""), *constants])
+
+def _around_zero(tensor: gs.Tensor) -> Grid:
+    """As far to both sides as the tensor's own grid goes to one."""
+    source = qdq.made_by(tensor, qdq.DEQUANTIZE)
+    assert source is not None
+    whole = Grid.of(source)
+    return Grid(max(-whole.lowest, whole.highest) / _HIGHEST, 0, _SIGNED)
