@@ -43,8 +43,8 @@ types: $(INSTALLED) ## Check types (mypy --strict)
 	$(BIN)/mypy $(OPENVINO)/src
 	@set -e; for folder in $(EXAMPLES); do echo "mypy $$folder"; $(BIN)/mypy $$folder; done
 
-unit: $(INSTALLED) ## Run the tests (pytest)
-	$(BIN)/pytest
+unit: $(INSTALLED) ## Run the tests (pytest), one file on each core at a time
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-openvino: $(INSTALLED) ## Run the tests of the OpenVINO target alone
 	$(BIN)/pytest $(OPENVINO)/tests
