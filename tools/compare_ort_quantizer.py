@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 import tempfile
 import time
@@ -299,7 +300,8 @@ def place(model: Path, feeds: Arrays, target: HtpTarget, folder: Path) -> Placed
 
 def first_line(error: BaseException) -> str:
     """What ended a row, short."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    lines = str(error).strip().splitlines()
+    text = re.sub(r"/\S+/", "", lines[0]) if lines else ""  # a scratch folder's name tells nobody anything
     return text if isinstance(error, FraqatError) else f"{type(error).__name__}: {text}"
 
 
