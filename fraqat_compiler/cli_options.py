@@ -99,7 +99,8 @@ CalibrationSamples = Annotated[
     int | None, typer.Option(min=1, help="Samples of the data that are used (default: all).")
 ]
 WeightRange = Annotated[
-    RangeMethod | None, typer.Option(help="The same for weights (default: mse; minmax with a fine-tune).")
+    RangeMethod | None,
+    typer.Option(help="The same for weights (default: mse; minmax with a fine-tune, and for logits)."),
 ]
 LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_TUNE)]
 CheckpointEvery = Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_TUNE)]
@@ -223,7 +224,7 @@ def grouped(command: Callable[..., _Result]) -> Callable[..., _Result]:
         for parameter in taken.values()
         for flag in _flags(parameter.replace(annotation=hints[parameter.name]), groups.get(parameter.name))
     ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
     run.__annotations__ = {flag.name: flag.annotation for flag in parameters}
     return run
 

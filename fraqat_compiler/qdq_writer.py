@@ -26,6 +26,12 @@ class Grid:
         return Grid(float(scale), int(zero_point), qdq.code_type(quantizer))
 
     @staticmethod
+    def behind(tensor: gs.Tensor) -> Grid | None:
+        """That of the DQ with one scale that a tensor comes from; None for other tensors."""
+        source = qdq.made_by(tensor, qdq.DEQUANTIZE)
+        return Grid.of(source) if source is not None and qdq.is_scalar(source) else None
+
+    @staticmethod
     def spanning(lowest: float, highest: float, stored: np.dtype[np.generic]) -> Grid:
         """The one whose codes reach from `lowest`, 0 at most, to `highest`, above it, as nearly as zero allows."""
         first, last = lazy_values.type_range(stored)

@@ -40,16 +40,15 @@ class DecomposeSoftplus(OnnxPass):
 
 
 def _is_wide(node: gs.Node) -> bool:
-    source = qdq.made_by(node.inputs[0], qdq.DEQUANTIZE)
-    return source is not None and qdq.is_scalar(source) and qdq.code_type(source) == np.uint16
+    grid = Grid.behind(node.inputs[0])
+    return grid is not None and grid.stored == np.uint16
 
 
 def _write_out(node: gs.Node, writer: Writer) -> None:
     """Replace a Softplus; the quantizer of its result stays."""
     x, result = node.inputs[0], node.outputs[0]
-    source = qdq.made_by(x, qdq.DEQUANTIZE)
-    assert source is not None
-    whole = Grid.of(source)
+    whole = Grid.behind(x)
+    assert whole is not None
     greatest = max(-whole.lowest, whole.highest, _LEAST_SPAN)
 
     def part(op: str, of: gs.Tensor, lowest: float, highest: float) -> gs.Variable:

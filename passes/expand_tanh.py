@@ -46,10 +46,9 @@ class ExpandTanh(OnnxPass):
 
 def _furthest(node: gs.Node) -> float:
     """How far from 0 the input of 16 bits goes; 0 for others."""
-    source = qdq.made_by(node.inputs[0], qdq.DEQUANTIZE)
-    if source is None or not qdq.is_scalar(source) or qdq.code_type(source) != _WIDE:
+    grid = Grid.behind(node.inputs[0])
+    if grid is None or grid.stored != _WIDE:
         return 0.0
-    grid = Grid.of(source)
     return max(-grid.lowest, grid.highest)
 
 

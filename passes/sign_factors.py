@@ -66,7 +66,6 @@ class _Signer:
 
 def _around_zero(tensor: gs.Tensor) -> Grid:
     """As far to both sides as the tensor's own grid goes to one."""
-    source = qdq.made_by(tensor, qdq.DEQUANTIZE)
-    assert source is not None
-    whole = Grid.of(source)
+    whole = Grid.behind(tensor)
+    assert whole is not None
     return Grid(max(-whole.lowest, whole.highest) / _HIGHEST, 0, _SIGNED)

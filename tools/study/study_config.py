@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -10,7 +11,7 @@ from kinds import KINDS, Kind
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig:
+class StudyConfig(ABC):
     """One size of the study.
 
     Attributes:
@@ -34,14 +35,14 @@ class StudyConfig:
         return KINDS[self.subject]
 
     @property
+    @abstractmethod
     def title(self) -> str:
         """Behind the name, as a heading."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def description(self) -> str:
         """Its size in words."""
-        raise NotImplementedError
 
     @property
     def fine_tune(self) -> str:
