@@ -76,6 +76,16 @@ def test_the_tables_follow_from_the_results_alone(study: SimpleNamespace, tmp_pa
     assert (tmp_path / "docs" / "study" / "smoke.png").stat().st_size > 1000
 
 
+def test_runs_at_a_rate_that_has_lost_are_left_out(study: SimpleNamespace) -> None:
+    swept = [run("fraqat", 0, distance, lr=lr, sweep=True) for lr, distance in ((1e-3, 2.0), (3e-3, 1.0))]
+    runs = [run("fraqat", 1, 5.0), run("fraqat", 1, 4.0, lr=3e-3), run("fraqat-ema", 1, 6.0, lr=3e-3)]
+    groups = study.summary._groups(swept + runs, study.study_config.CONFIGS["smoke"].kind)
+    assert {arm: [run["lr"] for run in of] for (_, arm), of in groups.items()} == {
+        "fraqat": [3e-3],
+        "fraqat-ema": [3e-3],
+    }
+
+
 def test_the_interval_is_student_s(study: SimpleNamespace) -> None:
     assert study.summary.interval([1.0, 2.0, 3.0]) == "2 ± 2.5"  # t(0.975, 2) = 4.303, s / sqrt(3) = 0.577
     assert study.summary.interval([1.5]) == "1.5"

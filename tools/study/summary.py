@@ -71,15 +71,31 @@ interval and p of the paired t-test, seed by seed.
 """
 
 
+def _best_rates(runs: Sequence[Run], kind: Kind) -> dict[tuple[str, str], float]:
+    """The learning rate that won the sweep, by precision and the arm that was swept."""
+    swept: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        if run["sweep"]:
+            swept[run["precision"], run["arm"]].append(run)
+    return {key: min(of, key=lambda run: run["metrics"][kind.swept])["lr"] for key, of in swept.items()}
+
+
 def _groups(runs: Sequence[Run], kind: Kind) -> Groups:
-    """Runs by precision and arm, each in its own order, the sweep's left out."""
+    """Runs by precision and arm, each in its own order; without the sweep's and those at a rate that has lost since."""
     groups: Groups = defaultdict(list)
     arms, precisions = list(ARMS), list(kind.precisions)
+    best = _best_rates(runs, kind)
+
+    def counts(run: Run) -> bool:
+        if run["sweep"] or run["arm"] not in arms:
+            return False
+        swept = ARMS[run["arm"]].rate_of or run["arm"]
+        return run["lr"] in (None, best.get((run["precision"], swept), run["lr"]))
 
     def rank(run: Run) -> tuple[int, int, int]:
         return precisions.index(run["precision"]), arms.index(run["arm"]), run["seed"]
 
-    for run in sorted((run for run in runs if not run["sweep"] and run["arm"] in arms), key=rank):
+    for run in sorted(filter(counts, runs), key=rank):
         groups[run["precision"], run["arm"]].append(run)
     return groups
 
