@@ -59,6 +59,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "flatten-tanh": "fraqat_compiler.passes.flatten_tanh:FlattenTanh",
         "span-softmax-inputs": "fraqat_compiler.passes.span_softmax_inputs:SpanSoftmaxInputs",
         "expand-constants": "fraqat_compiler.passes.expand_constants:ExpandConstants",
+        "widen-codes": "fraqat_compiler.passes.widen_codes:WidenCodes",
         "pack-int4": "fraqat_compiler.passes.pack_int4:PackInt4",
     },
     "targets": {

@@ -74,12 +74,17 @@ def distance(graph: GraphModule, onnx_graph: gs.Graph, args: tuple[Any, ...], fo
 
 
 def htp_parity(
-    model: nn.Module, x: torch.Tensor, activations: int, folder: Path, target: HtpTarget | None = None
+    model: nn.Module,
+    x: torch.Tensor,
+    activations: int,
+    folder: Path,
+    target: HtpTarget | None = None,
+    weights: int = 8,
 ) -> Parity:
     """The HTP library's emulator against onnxruntime, on the file that the htp target lowers a model to."""
     target = target or HtpTarget()
     ctx = PassContext(target=target, example_inputs=((x,), {}))
-    text = f"{target.prepare_pipeline()},insert-fake-quant{{weights=8 activations={activations}}}"
+    text = f"{target.prepare_pipeline()},insert-fake-quant{{weights={weights} activations={activations}}}"
     graph = PassManager.from_text(text).run(capture(model.eval(), (x,)), ctx).model
     calibrate(graph, [(x,)])
     path = folder / "model.onnx"

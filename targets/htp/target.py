@@ -137,7 +137,7 @@ class HtpTarget(Target):
         text = text.replace("share-qdq", "drop-negligible-addends,span-logarithms,share-qdq")
         widths = "convert-widths,sign-factors" if self.chip.htp_arch >= SIGNED_FACTORS else "convert-widths"
         legalize = f"{widths},decompose-softplus,expand-tanh,flatten-tanh,span-softmax-inputs,expand-constants"
-        return text.replace("pack-int4", f"{legalize},pack-int4")
+        return text.replace("pack-int4", f"{legalize},widen-codes,pack-int4")
 
     def check(self, model: Path) -> list[Finding]:
         """Ask the library itself: it prepares the whole graph, and names what it refuses."""
