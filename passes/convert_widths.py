@@ -19,6 +19,7 @@ _RATIO = 257  # 65535 / 255: each 8-bit grid is every 257th value of a 16-bit on
 _KERNELS = frozenset(
     ("Gemm", "Conv", "ConvTranspose", "LayerNormalization", "InstanceNormalization", "RMSNormalization")
 )
+_ROUNDS_DOWN = "RMSNormalization"
 _MOVES = frozenset(("Gather", "Reshape", "Transpose", "Slice", "Split", "Expand", "Tile", "Squeeze", "Unsqueeze"))
 
 
@@ -28,12 +29,14 @@ class ConvertWidths(OnnxPass):
 
     Before: `Gemm(DQ16(x)) -> Q8`. After: `Gemm(DQ16(x)) -> Q16 -> DQ16 -> Q8`. Before: `Add(DQ8(x), DQ16(y)) -> Q16`.
     After: the same of `DQ16(Q16(DQ8(x)))`. The HTP library refuses kernels and norms whose sides differ, and computes
-    other ops that read 8 and write 16 bits as if all had 8. An op that moves values keeps the grid of what it moves,
-    and the conversion follows it: else the library holds a second, converted copy of an embedding table.
+    other ops that read 8 and write 16 bits as if all had 8. An RMSNormalization of 8 bits on both sides gets 16 on
+    both: at 8 the library rounds its result down, half a step too low in the mean. An op that moves values keeps the
+    grid of what it moves, and the conversion follows it: else the library holds a second, converted copy of an
+    embedding table.
 
     A 16-bit grid made here spans what the 8-bit one spans in 257 times finer steps: widening is exact, and narrowing
-    rounds twice, which matters to values within 1/514 step of a tie. Does nothing to ops of one width, to those that
-    only narrow, which the library computes rightly, and to a Softmax, which it computes as well from 8 bits.
+    rounds twice, which matters to values within 1/514 step of a tie. Does nothing to other ops of one width, to those
+    that only narrow, which the library computes rightly, and to a Softmax, which it computes as well from 8 bits.
     """
 
     name: ClassVar[str] = "convert-widths"
@@ -77,11 +80,17 @@ class _Conversion:
             self._refine_bias(node)
             return [self._widen(node, source)]
         if _type(source) == _WIDE and width == _NARROW:
-            like = self._widened(results[0])
-            qdq.insert_pair(self.graph, self.names, results[0].inputs[0], like, results)
-            like.inputs.clear()
-            return [f"narrowed the result of {node.name}"]
+            return [self._narrow(node, results)]
+        if node.op == _ROUNDS_DOWN and _type(source) == _NARROW:
+            return [self._widen(node, source), self._narrow(node, results)]
         return []
+
+    def _narrow(self, node: gs.Node, results: Sequence[gs.Node]) -> str:
+        """Let a node give 16 bits to its 8-bit quantizers."""
+        like = self._widened(results[0])
+        qdq.insert_pair(self.graph, self.names, results[0].inputs[0], like, results)
+        like.inputs.clear()
+        return f"narrowed the result of {node.name}"
 
     def _keep_grid(self, node: gs.Node, results: Sequence[gs.Node]) -> list[str]:
         source = qdq.made_by(node.inputs[0], qdq.DEQUANTIZE)
