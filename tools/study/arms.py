@@ -37,6 +37,11 @@ def _fraqat_with(name: str, says: str, **options: str) -> Arm:
     return Arm(f"fraqat-{name}", f"fraqat, {says}", options, rate_of="fraqat")
 
 
+def _auto_without(name: str, says: str, **options: str) -> Arm:
+    """An ablation: one ingredient of `auto` left out or changed, at its learning rate."""
+    return Arm(f"auto-{name}", f"auto, {says}", _AUTO | options, rate_of="auto")
+
+
 _AUTO = {"schedule": "auto", "loss": "auto", "recipe": "auto", "range_method": None}
 _GROUPS = {"target": "onnxruntime{group-size=32}"}  # which no HTP has
 
@@ -112,6 +117,18 @@ ARMS = {
         _fraqat_with("reset", "the optimizer forgets between stages", recipe="adamw{state=reset}"),
         _fraqat_with("dampen", "weights pulled to the middle of their bins", recipe="dampen"),
         _fraqat_with("freeze", "oscillating weights fixed", recipe="freeze-oscillations"),
+        _auto_without("minmax", "activation ranges from least to greatest value at first", range_method="minmax"),
+        _auto_without("output", "distilled on the output alone", loss="mse"),
+        _auto_without("no-lsq", "ranges not learned", recipe="ema,adamw{cooldown=0.5}"),
+        _auto_without("no-ema", "weights not averaged", recipe="lsq,adamw{cooldown=0.5}"),
+        _auto_without("cooldown", "the rate falls over 0.3 of the steps", recipe="lsq,ema"),
+        _auto_without("direct", "straight to the target width", schedule="direct"),
+        Arm(
+            "lsq-fractional",
+            "learned ranges of weights and activations, 5-4.5-4",
+            {"schedule": "short", "recipe": "lsq"},
+            rate_of="lsq",
+        ),
         Arm("rtn", "round to nearest, no training", {"steps": 0, "weight_range": "minmax"}, trains=False),
         Arm(
             "rtn-groups",
