@@ -21,8 +21,9 @@ class FoldConstants(FxPass):
     """Compute at compile time what depends on weights and constants alone.
 
     Before: a weight made from two by weight normalization, position tables made by `arange` and `sin`, masks made by
-    `full` and `triu`. After: one constant each, named after the module that used it. Does nothing where every
-    computation depends on an input, and leaves alone what would grow past `max_elements`.
+    `full` and `triu`, and the `x * 0` that a `where` chooses, as softshrink is captured. After: one constant each,
+    named after the module that used it. Does nothing where every computation depends on an input, and leaves alone what
+    would grow past `max_elements`.
     """
 
     name: ClassVar[str] = "fold-constants"
@@ -51,6 +52,8 @@ class FoldConstants(FxPass):
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda other: constants[other])
                 with torch.no_grad():
                     constants[node] = values[node] = node.target(*args, **kwargs)
+            elif _is_chosen_zero(node):
+                constants[node] = values[node] = torch.zeros((), dtype=node.meta["val"].dtype)
         return values
 
     def _is_constant(self, node: Node, constants: dict[Node, Any]) -> bool:
@@ -64,6 +67,13 @@ class FoldConstants(FxPass):
     def _is_worth_folding(self, node: Node, value: Any, values: dict[Node, Any]) -> bool:
         """Only the last of a chain of constants becomes one."""
         return isinstance(value, Tensor) and any(user not in values for user in node.users)
+
+
+def _is_chosen_zero(node: Node) -> bool:
+    """Whether a product is 0 wherever its input is finite, and read where a single 0 will do."""
+    if op_name(node) != "aten.mul" or not any(isinstance(factor, int | float) and not factor for factor in node.args):
+        return False
+    return bool(node.users) and all(op_name(user) == "aten.where" for user in node.users)
 
 
 def _constant_name(model: GraphModule, node: Node) -> str:

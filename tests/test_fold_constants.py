@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
+from lowering import htp_parity
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -37,6 +41,23 @@ def test_a_limit_keeps_large_tables_out() -> None:
     graph = capture(Positions(), (torch.randn(2, 8),))
     result = FoldConstants(max_elements=1).run(graph, PassContext())
     assert "aten.cat" in [op_name(node) for node in result.model.graph.nodes]
+
+
+def test_the_zero_of_a_softshrink_is_a_constant() -> None:
+    x = torch.randn(4, 8)
+    result = FoldConstants().run(capture(nn.Softshrink(0.3), (x,)), PassContext())
+    assert [op_name(node) for node in result.model.graph.nodes].count("aten.mul") == 1  # width times sign
+    assert torch.equal(result.model(x), nn.functional.softshrink(x, 0.3))
+
+
+@pytest.mark.parametrize("activations", [8, 16])
+def test_the_library_computes_a_softshrink(activations: int, tmp_path: Path) -> None:
+    """With a product for the zero it is 28,000 steps off at 16 bits."""
+    pytest.importorskip("onnxruntime_qnn")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Softshrink(), nn.Linear(64, 64))
+    distance = htp_parity(model, torch.randn(1, 32, 64), activations, tmp_path)
+    assert distance.max_lsb is not None and distance.max_lsb <= 6
 
 
 def test_nothing_to_do() -> None:
