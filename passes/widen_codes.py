@@ -25,15 +25,16 @@ class WidenCodes(OnnxPass):
     weights in bytes, and the same bias. Of every sum of a layer with 16-bit activations the HTP library drops the low 8
     bits: with 8-bit codes that is nothing that the result could show, with 4-bit ones 8 steps of it in the mean at 64
     inputs. It costs a byte for a code instead of half of one, so it is done to layers of few inputs, which lose most by
-    it and weigh little; and at any number to codes of 5 to 7 bits, which lie in bytes anyway. Does nothing to layers
-    with 8-bit activations, to grouped convolutions, and to codes that a zero point shifts.
+    it, and to small ones; and to all codes of 5 to 7 bits, which lie in bytes anyway. Does nothing to layers with 8-bit
+    activations, to grouped convolutions, and to codes that a zero point shifts.
 
-    Attributes:
-        inputs: of 4-bit layers, at most: products that are summed to one output.
+    Options: a layer of 4-bit codes has few inputs, products that are summed to one output, up to `inputs` of them, and
+    is small up to so many `codes`.
     """
 
     name: ClassVar[str] = "widen-codes"
     inputs: int = 128
+    codes: int = 1 << 14
 
     def run(self, model: gs.Graph, ctx: PassContext) -> PassResult:
         constants = qdq.SharedConstants(model, qdq.Names(model))
@@ -47,7 +48,8 @@ class WidenCodes(OnnxPass):
     def _is_worth_it(self, layers: list[gs.Node]) -> bool:
         codes = _source(layers[0].inputs[1]).inputs[0]
         packs = max(map(abs, _code_range(codes))) <= _FOUR_BITS
-        return not packs or max(map(_summed, layers)) <= self.inputs
+        is_small = lazy_values.element_count(codes.shape) <= self.codes
+        return not packs or is_small or max(map(_summed, layers)) <= self.inputs
 
 
 def _weights(graph: gs.Graph) -> dict[str, list[gs.Node]]:

@@ -23,7 +23,7 @@ class Layers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.few, self.many = nn.Conv1d(8, 32, 3, padding=1), nn.Linear(32, 256), nn.Linear(256, 16)
+        self.conv, self.few, self.many = nn.Conv1d(8, 32, 3, padding=1), nn.Linear(32, 256), nn.Linear(256, 80)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.many(torch.relu(self.few(self.conv(x).transpose(1, 2))))
@@ -53,9 +53,15 @@ def test_layers_of_few_inputs_fill_their_bytes_and_compute_the_same(tmp_path: Pa
     assert not WidenCodes().run(graph, PassContext()).modified
 
 
-def test_how_many_inputs_are_few_is_an_option() -> None:
+@pytest.mark.parametrize("widen", [WidenCodes(inputs=256), WidenCodes(codes=256 * 80)])
+def test_what_is_few_and_small_are_options(widen: WidenCodes) -> None:
     graph, _ = _graph(weights="4", activations="16")
-    assert "widened many.weight" in WidenCodes(inputs=256).run(graph, PassContext()).changes
+    assert "widened many.weight" in widen.run(graph, PassContext()).changes
+
+
+def test_a_layer_is_widened_for_either_reason() -> None:
+    graph, _ = _graph(weights="4", activations="16")
+    assert WidenCodes(inputs=1, codes=32 * 24).run(graph, PassContext()).changes == ("widened conv.weight",)
 
 
 def test_codes_that_lie_in_bytes_anyway_are_widened_at_any_number_of_inputs() -> None:
