@@ -53,6 +53,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "share-qdq": "fraqat_compiler.passes.share_qdq:ShareQdq",
         "quantize-constants": "fraqat_compiler.passes.quantize_constants:QuantizeConstants",
         "convert-widths": "fraqat_compiler.passes.convert_widths:ConvertWidths",
+        "align-concats": "fraqat_compiler.passes.align_concats:AlignConcats",
         "sign-factors": "fraqat_compiler.passes.sign_factors:SignFactors",
         "decompose-softplus": "fraqat_compiler.passes.decompose_softplus:DecomposeSoftplus",
         "expand-tanh": "fraqat_compiler.passes.expand_tanh:ExpandTanh",

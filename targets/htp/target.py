@@ -135,8 +135,9 @@ class HtpTarget(Target):
         """Opset 23 has RMSNormalization; the rest is what the library refuses or computes wrongly, pass by pass."""
         text = super().lower_pipeline().replace("export-onnx", "export-onnx{opset=23}")
         text = text.replace("share-qdq", "drop-negligible-addends,span-logarithms,share-qdq")
-        widths = "convert-widths,sign-factors" if self.chip.htp_arch >= SIGNED_FACTORS else "convert-widths"
-        legalize = f"{widths},decompose-softplus,expand-tanh,flatten-tanh,span-softmax-inputs,expand-constants"
+        grids = "convert-widths,align-concats"
+        grids += ",sign-factors" if self.chip.htp_arch >= SIGNED_FACTORS else ""
+        legalize = f"{grids},decompose-softplus,expand-tanh,flatten-tanh,span-softmax-inputs,expand-constants"
         return text.replace("pack-int4", f"{legalize},widen-codes,pack-int4")
 
     def check(self, model: Path) -> list[Finding]:
