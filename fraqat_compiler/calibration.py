@@ -118,7 +118,8 @@ def leave_room_for_biases(graph: GraphModule) -> None:
             continue
         bias, input_scale, weight_scale = (fx_graph.get_tensor(graph, str(argument.target)) for argument in node.args)
         weight = graph.get_submodule(str(node.args[2].target).removesuffix(".scale"))
-        assert isinstance(weight, WeightFakeQuantize)
+        if not isinstance(weight, WeightFakeQuantize):  # a bias in steps of the result
+            continue
         needed, wanted = (quantizer.least_weight_scale(bias, input_scale, headroom) for headroom in (1.01, 2.0))
         if not weight_scale.ndim:
             needed, wanted = needed.amax(), wanted.amax()

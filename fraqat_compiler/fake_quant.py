@@ -276,7 +276,8 @@ class _BiasStraightThrough(torch.autograd.Function):
 class BiasFakeQuantize(FakeQuantize):
     """Fake quant of a bias at int32 with scale input_scale * weight_scale, as the file will hold it.
 
-    The scales come in as arguments, so the graph itself says which quantizers the bias depends on.
+    The scales come in as arguments, so the graph itself says which quantizers the bias depends on. Where its spec has
+    `result_scale`, they are that of the op's result and this module's own, which stays 1.
     """
 
     def forward(self, bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class QuantSpec:
         range_method: how calibration turns what it saw into a range.
         range_max: an activation's grid spans [0, range_max] whatever calibration saw; None lets calibration say.
         centred: the zero_point of an unsigned asymmetric grid is its middle, 128 at 8 bits, whatever the range.
+        result_scale: a bias counts steps of its op's result, not products of a step of the input and one of the weight.
     """
 
     bit_width: float = 8.0
@@ -62,6 +63,7 @@ class QuantSpec:
     range_method: RangeMethod = "minmax"
     range_max: float | None = None
     centred: bool = False
+    result_scale: bool = False
 
     def __post_init__(self) -> None:
         code_range(self.bit_width, signed=self.signed)

@@ -19,6 +19,7 @@ _RATIO = 257  # 65535 / 255: each 8-bit grid is every 257th value of a 16-bit on
 _KERNELS = frozenset(
     ("Gemm", "Conv", "ConvTranspose", "LayerNormalization", "InstanceNormalization", "RMSNormalization")
 )
+_ROUNDS_DOWN = "RMSNormalization"
 _MOVES = frozenset(("Gather", "Reshape", "Transpose", "Slice", "Split", "Expand", "Tile", "Squeeze", "Unsqueeze"))
 
 
@@ -28,10 +29,10 @@ class ConvertWidths(OnnxPass):
 
     Before: `Gemm(DQ16(x)) -> Q8`. After: `Gemm(DQ16(x)) -> Q16 -> DQ16 -> Q8`. Before: `Add(DQ8(x), DQ16(y)) -> Q16`.
     After: the same of `DQ16(Q16(DQ8(x)))`. The HTP library refuses kernels and norms whose sides differ, and computes
-    other ops that read 8 and write 16 bits as if all had 8. Norms of 8 bits on both sides get 16 on both: at 8 the
-    library rounds the result of an RMSNormalization down, half a step too low in the mean, and the bias of a
-    LayerNormalization to whole steps of the result. An op that moves values keeps the grid of what it moves, and the
-    conversion follows it: else the library holds a second, converted copy of an embedding table.
+    other ops that read 8 and write 16 bits as if all had 8. An RMSNormalization of 8 bits on both sides gets 16 on
+    both: at 8 the library rounds its result down, half a step too low in the mean. An op that moves values keeps the
+    grid of what it moves, and the conversion follows it: else the library holds a second, converted copy of an
+    embedding table.
 
     A 16-bit grid made here spans what the 8-bit one spans in 257 times finer steps: widening is exact, and narrowing
     rounds twice, which matters to values within 1/514 step of a tie. Does nothing to other ops of one width, to those
@@ -80,7 +81,7 @@ class _Conversion:
             return [self._widen(node, source)]
         if _type(source) == _WIDE and width == _NARROW:
             return [self._narrow(node, results)]
-        if _type(source) == _NARROW and _is_coarse_norm(node):
+        if node.op == _ROUNDS_DOWN and _type(source) == _NARROW:
             return [self._widen(node, source), self._narrow(node, results)]
         return []
 
@@ -155,14 +156,6 @@ class _Conversion:
         name = self.names.free(f"{source.name}_wide")
         self.graph.nodes.append(gs.Node(qdq.DEQUANTIZE, name, dict(source.attrs), inputs, [result]))
         node.inputs[2] = result
-
-
-def _is_coarse_norm(node: gs.Node) -> bool:
-    """Whether the library computes a norm coarsely at 8 bits: one of mean squares, or with a bias that is not 0."""
-    if node.op != "LayerNormalization":
-        return bool(node.op == "RMSNormalization")
-    source = qdq.made_by(node.inputs[2], qdq.DEQUANTIZE) if len(node.inputs) > 2 else None
-    return source is not None and bool(lazy_values.values_of(source.inputs[0]).any())
 
 
 def _is_kernel(node: gs.Node) -> bool:

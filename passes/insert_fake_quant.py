@@ -94,6 +94,7 @@ class _Insertion:
             if node.op in ("placeholder", "call_function"):
                 self._quantize_operands(node, widths)
                 self._quantize_output(node, widths)
+                self._follow_result(node)
         for node in original:
             if node.op == "call_function":
                 node.meta["quantization"] = self._verdict(node)
@@ -197,16 +198,32 @@ class _Insertion:
             return
         name = self._add_module(f"{bias.target}", BiasFakeQuantize(spec, "bias"))
         weight_name = next(name for name, module in self.model.named_modules() if module is weight)
+        scales = self._scales(node, self.quantizer_of[source], weight_name)
         with self.model.graph.inserting_before(node):
-            scales = [self.model.graph.get_attr(f"{owner}.scale") for owner in (self.quantizer_of[source], weight_name)]
             quantized = self.model.graph.call_module(name, (bias, *scales))
-        for scale in scales:
-            fx_graph.copy_meta(
-                node, scale, fx_graph.fake_like(node, fx_graph.get_tensor(self.model, str(scale.target)))
-            )
         fx_graph.copy_meta(node, quantized, bias.meta["val"])
         assert weighted.bias is not None
         ops.set_argument(node, weighted.bias, quantized)
+
+    def _follow_result(self, node: Node) -> None:
+        """Let a bias whose spec says so take the scale of its op's result, times its own, which is 1."""
+        weighted = WEIGHTED_OPS.get(op_name(node)) or NORM_OPS.get(op_name(node))
+        quantized = argument(node, weighted.bias) if weighted else None
+        module = self._module_of(quantized)
+        if not isinstance(quantized, Node) or not isinstance(module, BiasFakeQuantize):
+            return
+        if module.spec.result_scale and node in self.quantizer_of:
+            scales = self._scales(quantized, self.quantizer_of[node], str(quantized.target))
+            quantized.args = (quantized.args[0], *scales)
+
+    def _scales(self, before: Node, *quantizers: str) -> list[Node]:
+        """Nodes that read the scales of quantizers."""
+        with self.model.graph.inserting_before(before):
+            scales = [self.model.graph.get_attr(f"{owner}.scale") for owner in quantizers]
+        for scale in scales:
+            value = fx_graph.get_tensor(self.model, str(scale.target))
+            fx_graph.copy_meta(before, scale, fx_graph.fake_like(before, value))
+        return scales
 
     def _request(
         self,

@@ -108,6 +108,18 @@ def test_biases_are_int32_on_the_scales_of_input_and_weight() -> None:
     assert input_scale.startswith("fake_quant.mean")
 
 
+def test_a_bias_takes_the_scale_of_its_result_where_the_target_says_so() -> None:
+    graph = _inserted(ctx=PassContext(target=HtpTarget()))
+    calibrate(graph, [_inputs()])
+    (node,) = [n for n in graph.graph.nodes if n.op == "call_module" and n.target == "fake_quant.norm_bias"]
+    result_scale, own_scale = (graph.get_buffer(str(argument.target)) for argument in node.args[1:])
+    assert str(node.args[1].target).startswith("fake_quant.layer_norm")
+    assert own_scale == 1
+    bias = torch.randn(8)
+    steps = graph.get_submodule("fake_quant.norm_bias")(bias, result_scale, own_scale) / result_scale
+    torch.testing.assert_close(steps, (bias / result_scale).round())
+
+
 def test_widths_by_module() -> None:
     graph = _inserted(InsertFakeQuant(weights="4,head=8,mlp.*=5.5", activations="8,head=16"))
     widths = {name: module.spec.bit_width for name, module in weight_quantizers(graph) if module.role == "weight"}
