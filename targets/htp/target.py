@@ -105,8 +105,8 @@ class HtpTarget(Target):
         transposed convolutions have 8 bits per tensor: per channel they are wrong, or refused with a bias, as 4 bits
         per tensor are. A softmax over many elements has 16 bits: at 8 the library computes a flat one too large, by
         19 % at 256 elements and more than twofold at 1024. A sigmoid at 16 bits spans [0, 1): the library gives it that
-        grid whatever the file says, and then scales the bias of a layer behind it wrongly. The bias of a LayerNorm it
-        rounds to whole steps of the result, so the graph has it so too, and the fine-tune makes up for it.
+        grid whatever the file says, and then scales the bias of a layer behind it wrongly. The bias of a LayerNorm at
+        8 bits it rounds to whole steps of the result, so the graph has it so too, and the fine-tune makes up for it.
         """
         spec = super().quant_spec(request)
         if isinstance(spec, Unquantized):
@@ -115,7 +115,7 @@ class HtpTarget(Target):
             return dataclasses.replace(spec, range_max=HIGHEST_SIGMOID)
         if request.op == "softmax" and request.role == "activation" and request.shape[-1] > SOFTMAX_AT_8_BITS:
             return dataclasses.replace(spec, bit_width=max(spec.bit_width, 16))
-        if request.role == "bias" and request.function == "aten.layer_norm":
+        if request.role == "bias" and request.function == "aten.layer_norm" and request.activation_bit_width <= 8:
             return dataclasses.replace(spec, result_scale=True)
         if request.role != "weight":
             return spec
