@@ -35,6 +35,7 @@ class TensorRequest:
         channel_axis: the dimension of a weight that counts output channels; None for other roles.
         depthwise: the weight belongs to a depthwise or grouped convolution.
         function: that node's own name, as `aten.sigmoid`.
+        tied: other ops read the tensor too, as a head that is an embedding's table.
     """
 
     op: str
@@ -45,6 +46,7 @@ class TensorRequest:
     channel_axis: int | None = None
     depthwise: bool = False
     function: str = ""
+    tied: bool = False
 
 
 @dataclass(frozen=True)

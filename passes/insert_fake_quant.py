@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -72,6 +73,7 @@ class _Insertion:
     options: InsertFakeQuant
     quant_spec: Callable[[TensorRequest], QuantSpec | Unquantized]
     changes: list[str] = field(default_factory=list)
+    readers: Counter[str] = field(init=False)
     weight_quantizers: dict[str, tuple[Node, WeightFakeQuantize] | Unquantized] = field(default_factory=dict)
     quantizer_of: dict[Node, str] = field(default_factory=dict)  # tensor (or its fake quant) -> activation quantizer
     reasons: dict[Node, Unquantized] = field(default_factory=dict)  # op -> why its output stayed float
@@ -79,6 +81,7 @@ class _Insertion:
     def __post_init__(self) -> None:
         self.weights = Widths.parse(self.options.weights)
         self.activations = Widths.parse(self.options.activations)
+        self.readers = _readers(self.model)
         self.skip = [pattern for pattern in self.options.skip.replace(" ", "").split(",") if pattern]
         modules = {module_path(node) for node in self.model.graph.nodes} - {""}
         modules |= {name for name, _ in self.model.named_modules() if name}
@@ -244,6 +247,7 @@ class _Insertion:
             channel_axis=channel_axis,
             depthwise=ops.groups(node) > 1,
             function=op_name(node),
+            tied=tensor.op == "get_attr" and self.readers[str(tensor.target)] > 1,
         )
 
     def _weight_quantizer(
@@ -387,6 +391,11 @@ class _Insertion:
         names = {self.quantizer_of[source] for source in node.all_input_nodes if source in self.quantizer_of}
         modules = [self.model.get_submodule(name) for name in names]
         return max((module.spec.bit_width for module in modules if isinstance(module, FakeQuantize)), default=None)
+
+
+def _readers(model: GraphModule) -> Counter[str]:
+    """How many ops read each tensor that the graph owns."""
+    return Counter(str(node.target) for node in model.graph.nodes if node.op == "get_attr" for _ in node.users)
 
 
 def _is_branch(path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import platform
@@ -264,8 +265,10 @@ def request(op: str, activation_bits: float = 8, *, depthwise: bool = False) -> 
 def test_specs_are_what_the_library_takes() -> None:
     target = HtpTarget()
     assert target.quant_spec(request("linear", 16)) == QuantSpec(bit_width=4, axis=0)
-    table = QuantSpec(bit_width=8, symmetric=False, signed=False, centred=True)
+    table = QuantSpec(bit_width=8, symmetric=False, signed=False)
     assert target.quant_spec(request("embedding")) == table
+    tied = dataclasses.replace(request("embedding"), tied=True)
+    assert target.quant_spec(tied) == dataclasses.replace(table, centred=True)
     assert target.quant_spec(request("conv", 8, depthwise=True)) == QuantSpec(bit_width=4, axis=0)
     assert target.quant_spec(request("conv", 16, depthwise=True)) == QuantSpec(bit_width=8, axis=0)
     for keys, bits in ((10, 8), (11, 16)):

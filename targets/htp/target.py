@@ -99,14 +99,15 @@ class HtpTarget(Target):
     def quant_spec(self, request: TensorRequest) -> QuantSpec | Unquantized:
         """What the library takes: symmetric signed weights, unsigned activations, u8 norm weights.
 
-        A lookup table is per tensor at 8 bits and unsigned like activations, because a Gather has one grid; its zero
-        point is 128, because a 16-bit kernel that reads it too, as a tied head does, cuts off what is 128 or more steps
-        above it. Depthwise kernels keep 8 bits at 16-bit activations, where 4-bit ones stray by 26 to 62 LSB. Grouped
-        transposed convolutions have 8 bits per tensor: per channel they are wrong, or refused with a bias, as 4 bits
-        per tensor are. A softmax over many elements has 16 bits: at 8 the library computes a flat one too large, by
-        19 % at 256 elements and more than twofold at 1024. A sigmoid at 16 bits spans [0, 1): the library gives it that
-        grid whatever the file says, and then scales the bias of a layer behind it wrongly. The bias of a LayerNorm at
-        8 bits it rounds to whole steps of the result, so the graph has it so too, and the fine-tune makes up for it.
+        A lookup table is per tensor at 8 bits and unsigned like activations, because a Gather has one grid. The zero
+        point of a tied one is 128, because a 16-bit kernel that reads it too cuts off what is 128 or more steps above
+        it; others keep theirs, because the library holds a table twice whose grid goes beyond that of what it is
+        converted to. Depthwise kernels keep 8 bits at 16-bit activations, where 4-bit ones stray by 26 to 62 LSB.
+        Grouped transposed convolutions have 8 bits per tensor: per channel they are wrong, or refused with a bias, as 4
+        bits per tensor are. A softmax over many elements has 16 bits: at 8 the library computes a flat one too large,
+        by 19 % at 256 elements and more than twofold at 1024. A sigmoid at 16 bits spans [0, 1): the library gives it
+        that grid whatever the file says, and then scales the bias of a layer behind it wrongly. The bias of a LayerNorm
+        at 8 bits it rounds to whole steps of the result, so the graph has it so too, and the fine-tune makes up for it.
         """
         spec = super().quant_spec(request)
         if isinstance(spec, Unquantized):
@@ -120,7 +121,7 @@ class HtpTarget(Target):
         if request.role != "weight":
             return spec
         if request.op == "embedding":
-            return QuantSpec(bit_width=8, symmetric=False, signed=False, centred=True)
+            return QuantSpec(bit_width=8, symmetric=False, signed=False, centred=request.tied)
         if request.depthwise and request.op == "conv_transpose":
             return dataclasses.replace(spec, bit_width=max(spec.bit_width, 8), axis=None)
         if request.depthwise and request.activation_bit_width > 8:
