@@ -23,6 +23,7 @@ from matplotlib import pyplot as plt
 
 BASELINE = "direct"
 CONFIDENCE = 0.95
+ROW_HEIGHT = 0.24  # inches of an arm in a plot
 SAMPLE_ROWS, SAMPLE_COLUMNS, SAMPLE_ZOOM = 4, 10, 2
 RESULTS = "study"  # folder beside study.md with a JSON file and a plot for each configuration
 
@@ -193,7 +194,9 @@ def _agreement(groups: Groups, kind: Kind) -> list[str]:
 def _plot(groups: Groups, kind: Kind, path: Path) -> None:
     """A dot for each run and a bar for each mean: the first metric by arm, one panel for each precision."""
     precisions = list(dict.fromkeys(precision for precision, _ in groups)) or ["no results yet"]
-    figure, panels = plt.subplots(1, len(precisions), figsize=(5.5 * len(precisions), 3.6), squeeze=False)
+    rows = max((sum(of == precision for of, _ in groups) for precision in precisions), default=0)
+    size = (5.5 * len(precisions), max(3.6, ROW_HEIGHT * rows))
+    figure, panels = plt.subplots(1, len(precisions), figsize=size, squeeze=False)
     for precision, panel in zip(precisions, panels[0], strict=True):
         arms = [arm for its_precision, arm in groups if its_precision == precision]
         for index, arm in enumerate(arms):
