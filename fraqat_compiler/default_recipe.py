@@ -1,6 +1,7 @@
-"""What `auto` stands for: of all that the study compared, what comes nearest to the teacher in the same steps.
+"""What `auto` stands for: of all that the study compared, what comes nearest to the teacher's own results, one by one.
 
-`docs/study.md` has the figures: the arm `auto` there, beside the plain fine-tunes.
+`docs/study.md` has the figures: the arm `auto` there, beside the plain fine-tunes and beside what lies nearer by the
+distribution of the results alone.
 """
 
 from __future__ import annotations
