@@ -89,6 +89,15 @@ def type_range(dtype: np.dtype[Any]) -> tuple[int, int]:
     return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
 
 
+def code_range(codes: gs.Constant) -> tuple[int, int]:
+    """Lowest and highest code of a constant; computed only where no pass has said how far they reach. 0 if empty."""
+    known: tuple[int, int] | None = getattr(codes._values, "code_range", None)
+    if known is not None:
+        return known
+    values = values_of(codes)
+    return (int(values.min()), int(values.max())) if values.size else (0, 0)
+
+
 def element_count(shape: Sequence[int]) -> int:
     """Elements of a tensor; 1 for a scalar."""
     return int(np.prod(shape, dtype=np.int64))

@@ -34,6 +34,11 @@ def is_scalar(quantizer: gs.Node) -> bool:
     return len(quantizer.inputs[1].shape) == 0
 
 
+def is_activation(quantizer: gs.Node) -> bool:
+    """Whether a Q or DQ has one scale, for a tensor that the graph computes."""
+    return is_scalar(quantizer) and not is_constant(quantizer.inputs[0])
+
+
 def axis_of(quantizer: gs.Node) -> int:
     """The axis attribute of a Q or DQ; 1 where it is left out, as ONNX says."""
     return int(quantizer.attrs.get("axis", 1))

@@ -38,13 +38,8 @@ def _align(node: gs.Node, writer: Writer) -> list[str]:
         return []
     wanted, changes = Grid.of(readers[0]), []
     for index, tensor in enumerate(node.inputs):
-        given = Grid.behind(tensor)
-        if given is not None and given != wanted and _is_computed(tensor):
+        source = qdq.made_by(tensor, qdq.DEQUANTIZE)
+        if source is not None and qdq.is_activation(source) and Grid.of(source) != wanted:
             node.inputs[index] = writer.pair(tensor, wanted)
             changes.append(f"converted {tensor.name} for {node.name}")
     return changes
-
-
-def _is_computed(tensor: gs.Tensor) -> bool:
-    source = qdq.made_by(tensor, qdq.DEQUANTIZE)
-    return source is not None and not qdq.is_constant(source.inputs[0])

@@ -72,12 +72,9 @@ def _pack(readers: list[gs.Node], zero_points: qdq.SharedConstants) -> bool:
 
 
 def _codes_fit(codes: gs.Constant, packed_type: np.dtype[np.generic]) -> bool:
-    """Whether every code fits; the codes are computed only where no pass has said how far they reach."""
     lowest, highest = lazy_values.type_range(packed_type)
-    known = getattr(codes._values, "code_range", None)
-    if known is not None:
-        return bool(lowest <= known[0] and known[1] <= highest)
-    return _fits(lazy_values.values_of(codes), packed_type)
+    first, last = lazy_values.code_range(codes)
+    return lowest <= first and last <= highest
 
 
 def _fits(values: lazy_values.Array, packed_type: np.dtype[np.generic]) -> bool:

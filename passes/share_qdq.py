@@ -106,14 +106,10 @@ def _shared_quantizer(node: gs.Node) -> gs.Node | None:
     sources = node.inputs if node.op == "Concat" else node.inputs[:1]
     quantizers = [qdq.made_by(tensor, qdq.DEQUANTIZE) for tensor in sources]
     first = quantizers[0]
-    if first is None or not _is_activation(first):
+    if first is None or not qdq.is_activation(first):
         return None
     equal = all(other is not None and qdq.same_parameters(first, other) for other in quantizers)
     return first if equal and _keeps_grid(node, first) else None
-
-
-def _is_activation(quantizer: gs.Node) -> bool:
-    return qdq.is_scalar(quantizer) and not qdq.is_constant(quantizer.inputs[0])
 
 
 def _quantize_readers(graph: gs.Graph, names: Names, result: gs.Tensor, like: gs.Node) -> bool:

@@ -42,11 +42,7 @@ class SignFactors(OnnxPass):
 def _is_wide(node: gs.Node) -> bool:
     sources = [qdq.made_by(tensor, qdq.DEQUANTIZE) for tensor in node.inputs]
     return all(
-        source is not None
-        and qdq.is_scalar(source)
-        and not qdq.is_constant(source.inputs[0])
-        and qdq.code_type(source) == _UNSIGNED
-        for source in sources
+        source is not None and qdq.is_activation(source) and qdq.code_type(source) == _UNSIGNED for source in sources
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from fraqat_compiler import lazy_values, qdq
-from fraqat_compiler.lazy_values import Array, LazyArray
+from fraqat_compiler.lazy_values import LazyArray
 from fraqat_compiler.pass_base import OnnxPass, PassContext, PassResult
 
 _WEIGHTED = ("Gemm", "MatMul", "Conv", "ConvTranspose")
@@ -47,7 +47,7 @@ class WidenCodes(OnnxPass):
 
     def _is_worth_it(self, layers: list[gs.Node]) -> bool:
         codes = _source(layers[0].inputs[1]).inputs[0]
-        packs = max(map(abs, _code_range(codes))) <= _FOUR_BITS
+        packs = max(map(abs, lazy_values.code_range(codes))) <= _FOUR_BITS
         is_small = lazy_values.element_count(codes.shape) <= self.codes
         return not packs or is_small or max(map(_summed, layers)) <= self.inputs
 
@@ -86,7 +86,7 @@ def _widen(layers: list[gs.Node], constants: qdq.SharedConstants) -> bool:
     """Change the codes, and the scales of weights and biases; False where there is no room for a factor of two."""
     codes = _source(layers[0].inputs[1]).inputs[0]
     biases = [bias for layer in layers if (bias := _bias(layer)) is not None]
-    factor = _factor(*_code_range(codes), _BYTE)
+    factor = _factor(*lazy_values.code_range(codes), _BYTE)
     for bias in biases:
         values = lazy_values.values_of(bias.inputs[0])
         factor = min(factor, _factor(int(values.min()), int(values.max()), lazy_values.dtype_of(bias.inputs[0])))
@@ -119,14 +119,6 @@ def _source(tensor: gs.Tensor) -> gs.Node:
     return node
 
 
-def _code_range(codes: gs.Constant) -> tuple[int, int]:
-    known: tuple[int, int] | None = getattr(codes._values, "code_range", None)
-    if known is not None:
-        return known
-    values: Array = lazy_values.values_of(codes)
-    return (int(values.min()), int(values.max())) if values.size else (0, 0)
-
-
 def _factor(lowest: int, highest: int, stored: np.dtype[np.generic]) -> int:
     """The greatest power of two by which both ends still fit the type, up to a byte's width."""
     first, last = lazy_values.type_range(stored)
@@ -137,7 +129,7 @@ def _factor(lowest: int, highest: int, stored: np.dtype[np.generic]) -> int:
 
 
 def _multiply(codes: gs.Constant, factor: int) -> None:
-    held, stored, ends = codes._values, lazy_values.dtype_of(codes), _code_range(codes)
+    held, stored, ends = codes._values, lazy_values.dtype_of(codes), lazy_values.code_range(codes)
     codes.values = LazyArray(
         codes.shape,
         stored,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from kinds import KINDS, Kind
@@ -181,6 +181,18 @@ def config_of(content: Mapping[str, Any]) -> StudyConfig:
     return config
 
 
+_TEXT_LM = LanguageConfig(  # an hour on one core
+    name="text-lm",
+    length=128,
+    windows=16,
+    sweep_windows=8,
+    agreement_windows=4,
+    batch=2,
+    steps=20,
+    seeds=1,
+    learning_rates=(1e-4,),
+)
+
 CONFIGS: dict[str, StudyConfig] = {
     config.name: config
     for config in (
@@ -264,28 +276,8 @@ CONFIGS: dict[str, StudyConfig] = {
             images=10_000,
             sampling_steps=50,
         ),
-        LanguageConfig(  # an hour on one core
-            name="text-lm",
-            length=128,
-            windows=16,
-            sweep_windows=8,
-            agreement_windows=4,
-            batch=2,
-            steps=20,
-            seeds=1,
-            learning_rates=(1e-4,),
-        ),
-        LanguageConfig(  # two hours on one core, for two arms
-            name="text-lm-200",
-            length=128,
-            windows=16,
-            sweep_windows=8,
-            agreement_windows=4,
-            batch=2,
-            steps=200,
-            seeds=1,
-            learning_rates=(1e-4,),
-        ),
+        _TEXT_LM,
+        replace(_TEXT_LM, name="text-lm-200", steps=200),  # two hours on one core, for two arms
         SentenceConfig(  # half an hour on one core
             name="text-embed",
             length=64,
