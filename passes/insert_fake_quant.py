@@ -97,7 +97,7 @@ class _Insertion:
             if node.op in ("placeholder", "call_function"):
                 self._quantize_operands(node, widths)
                 self._quantize_output(node, widths)
-                self._follow_result(node)
+                self._quantize_bias(node)
         for node in original:
             if node.op == "call_function":
                 node.meta["quantization"] = self._verdict(node)
@@ -138,7 +138,7 @@ class _Insertion:
     # Operands that the graph owns
 
     def _quantize_operands(self, node: Node, widths: dict[Node, float | None]) -> None:
-        weighted = WEIGHTED_OPS.get(op_name(node)) or NORM_OPS.get(op_name(node))
+        weighted = _weighted(node)
         if weighted is not None:
             self._quantize_weighted(node, weighted, widths)
             return
@@ -184,9 +184,13 @@ class _Insertion:
             self.reasons[node] = made
             return
         ops.set_argument(node, weighted.weight, made[0])
-        self._quantize_bias(node, weighted, made[1])
 
-    def _quantize_bias(self, node: Node, weighted: WeightedOp, weight: WeightFakeQuantize) -> None:
+    def _quantize_bias(self, node: Node) -> None:
+        """Quantize the bias of an op whose weight is quantized, after the op's result, whose scale it may take."""
+        weighted = _weighted(node)
+        weight = self._module_of(argument(node, weighted.weight)) if weighted else None
+        if weighted is None or not isinstance(weight, WeightFakeQuantize):
+            return
         bias = argument(node, weighted.bias)
         source = argument(node, weighted.input)
         if not isinstance(bias, Node) or bias.op != "get_attr" or source not in self.quantizer_of:
@@ -200,24 +204,16 @@ class _Insertion:
         if weight.scale.ndim and weight.scale.numel() != bias.meta["val"].numel():
             return
         name = self._add_module(f"{bias.target}", BiasFakeQuantize(spec, "bias"))
-        weight_name = next(name for name, module in self.model.named_modules() if module is weight)
-        scales = self._scales(node, self.quantizer_of[source], weight_name)
+        if spec.result_scale and node in self.quantizer_of:
+            factors = (self.quantizer_of[node], name)  # its own scale is 1
+        else:
+            factors = (self.quantizer_of[source], str(argument(node, weighted.weight).target))
+        scales = self._scales(node, *factors)
         with self.model.graph.inserting_before(node):
             quantized = self.model.graph.call_module(name, (bias, *scales))
         fx_graph.copy_meta(node, quantized, bias.meta["val"])
         assert weighted.bias is not None
         ops.set_argument(node, weighted.bias, quantized)
-
-    def _follow_result(self, node: Node) -> None:
-        """Let a bias whose spec says so take the scale of its op's result, times its own, which is 1."""
-        weighted = WEIGHTED_OPS.get(op_name(node)) or NORM_OPS.get(op_name(node))
-        quantized = argument(node, weighted.bias) if weighted else None
-        module = self._module_of(quantized)
-        if not isinstance(quantized, Node) or not isinstance(module, BiasFakeQuantize):
-            return
-        if module.spec.result_scale and node in self.quantizer_of:
-            scales = self._scales(quantized, self.quantizer_of[node], str(quantized.target))
-            quantized.args = (quantized.args[0], *scales)
 
     def _scales(self, before: Node, *quantizers: str) -> list[Node]:
         """Nodes that read the scales of quantizers."""
@@ -336,7 +332,7 @@ class _Insertion:
     # What became of each op
 
     def _verdict(self, node: Node) -> dict[str, Any]:
-        weighted = WEIGHTED_OPS.get(op_name(node)) or NORM_OPS.get(op_name(node))
+        weighted = _weighted(node)
         weight = self._module_of(argument(node, weighted.weight)) if weighted else None
         verdict: dict[str, Any] = {
             "status": "quantized",
@@ -391,6 +387,11 @@ class _Insertion:
         names = {self.quantizer_of[source] for source in node.all_input_nodes if source in self.quantizer_of}
         modules = [self.model.get_submodule(name) for name in names]
         return max((module.spec.bit_width for module in modules if isinstance(module, FakeQuantize)), default=None)
+
+
+def _weighted(node: Node) -> WeightedOp | None:
+    """Where an op has its weight and bias; None for ops without."""
+    return WEIGHTED_OPS.get(op_name(node)) or NORM_OPS.get(op_name(node))
 
 
 def _readers(model: GraphModule) -> Counter[str]:
