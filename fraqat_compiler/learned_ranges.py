@@ -255,7 +255,7 @@ class LearnedActivationFakeQuantize(ActivationFakeQuantize):
             return self.base_zero_point
         lowest, highest = self.spec.quant_min, self.spec.quant_max
         exact = self.base_zero_point + self.range_shift * (highest - lowest)
-        rounded = exact.detach().round().clamp(lowest, highest)
+        rounded = quantizer.centre(exact.detach().round().clamp(lowest, highest), self.spec)
         passed: Tensor = _RoundedAs.apply(exact, rounded)  # type: ignore[no-untyped-call]
         return passed
 

@@ -114,6 +114,9 @@ def op_name(node: Node) -> str:
     return str(packet) if packet is not None else getattr(node.target, "__name__", str(node.target))
 
 
+_SECOND_FACTOR = {"aten.matmul": 1, "aten.mm": 1, "aten.bmm": 1, "aten.baddbmm": 2}
+
+
 def op_class(node: Node) -> str:
     """One of OP_CLASSES."""
     name = op_name(node)
@@ -123,6 +126,11 @@ def op_class(node: Node) -> str:
         return "shape"
     weighted = WEIGHTED_OPS.get(name) or NORM_OPS.get(name)
     return weighted.op_class if weighted else _OP_CLASS_OF.get(name, "other")
+
+
+def second_factor(node: Node) -> Any:
+    """The right-hand matrix of a product; None for other ops."""
+    return argument(node, _SECOND_FACTOR.get(op_name(node)))
 
 
 def argument(node: Node, position: int | None) -> Any:

@@ -50,7 +50,8 @@ class QuantSpec:
         dynamic: the range is taken anew from every input, one per token (last dimension); simulation only.
         range_method: how calibration turns what it saw into a range.
         range_max: an activation's grid spans [0, range_max] whatever calibration saw; None lets calibration say.
-        centred: the zero_point of an unsigned asymmetric grid is its middle, 128 at 8 bits, whatever the range.
+        centred_within: an unsigned asymmetric grid whose zero_point would lie so many codes from its middle (128 at 8
+            bits), or fewer, has it in the middle. None lets it lie where the range has it.
         result_scale: a bias counts steps of its op's result, not products of a step of the input and one of the weight.
     """
 
@@ -62,7 +63,7 @@ class QuantSpec:
     dynamic: bool = False
     range_method: RangeMethod = "minmax"
     range_max: float | None = None
-    centred: bool = False
+    centred_within: int | None = None
     result_scale: bool = False
 
     def __post_init__(self) -> None:

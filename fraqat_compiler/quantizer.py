@@ -102,13 +102,20 @@ def asymmetric_parameters(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[T
         scale, and zero_point as int32, both shaped like `low`.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
-    if spec.centred:
-        middle = (spec.quant_max + 1) // 2
-        scale = _usable(torch.maximum(-low / middle, high / (spec.quant_max - middle)))
-        return scale, torch.full_like(scale, middle, dtype=torch.int32)
     scale = _usable((high - low) / (spec.quant_max - spec.quant_min))
     zero_point = (spec.quant_min - torch.round(low / scale)).clamp(spec.quant_min, spec.quant_max)
-    return scale, zero_point.to(torch.int32)
+    middle = (spec.quant_max + 1) // 2
+    centred = _usable(torch.maximum(-low / middle, high / (spec.quant_max - middle)))
+    placed = centre(zero_point, spec)
+    return torch.where(placed == zero_point, scale, centred), placed.to(torch.int32)
+
+
+def centre(zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """A zero point, or the middle of the codes where it lies near it and the spec wants it there (`centred_within`)."""
+    if spec.centred_within is None:
+        return zero_point
+    middle = (spec.quant_max + 1) // 2
+    return torch.where((zero_point - middle).abs() <= spec.centred_within, middle, zero_point)
 
 
 def quantization_parameters(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

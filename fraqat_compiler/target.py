@@ -36,6 +36,7 @@ class TensorRequest:
         depthwise: the weight belongs to a depthwise or grouped convolution.
         function: that node's own name, as `aten.sigmoid`.
         tied: other ops read the tensor too, as a head that is an embedding's table.
+        factor: a product of two activations reads the tensor as its second one, perhaps transposed or reshaped.
     """
 
     op: str
@@ -47,6 +48,7 @@ class TensorRequest:
     depthwise: bool = False
     function: str = ""
     tied: bool = False
+    factor: bool = False
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class _Insertion:
     changes: list[str] = field(default_factory=list)
     readers: Counter[str] = field(init=False)
     weight_quantizers: dict[str, tuple[Node, WeightFakeQuantize] | Unquantized] = field(default_factory=dict)
+    factors: set[Node] = field(default_factory=set)  # tensors that end as the second of a product of activations
     quantizer_of: dict[Node, str] = field(default_factory=dict)  # tensor (or its fake quant) -> activation quantizer
     reasons: dict[Node, Unquantized] = field(default_factory=dict)  # op -> why its output stayed float
 
@@ -124,6 +125,7 @@ class _Insertion:
             wishes += [self.activations.of(path) for path in named]
             width = None if None in wishes else max(wish for wish in wishes if wish is not None)
             widths.update(dict.fromkeys(group, width))
+            self.factors |= group if any(_is_factor(node) for node in group) else set()
         return widths
 
     def _names(self, path: str) -> bool:
@@ -244,6 +246,7 @@ class _Insertion:
             depthwise=ops.groups(node) > 1,
             function=op_name(node),
             tied=tensor.op == "get_attr" and self.readers[str(tensor.target)] > 1,
+            factor=role == "activation" and tensor in self.factors,
         )
 
     def _weight_quantizer(
@@ -397,6 +400,11 @@ def _weighted(node: Node) -> WeightedOp | None:
 def _readers(model: GraphModule) -> Counter[str]:
     """How many ops read each tensor that the graph owns."""
     return Counter(str(node.target) for node in model.graph.nodes if node.op == "get_attr" for _ in node.users)
+
+
+def _is_factor(node: Node) -> bool:
+    """Whether a product reads a tensor as its second factor."""
+    return any(ops.second_factor(user) is node for user in node.users)
 
 
 def _is_branch(path: str) -> bool:

@@ -12,6 +12,7 @@ from fraqat_compiler.quant_spec import QuantSpec, code_range
 from fraqat_compiler.quantizer import (
     asymmetric_parameters,
     bias_scale,
+    centre,
     dequantize,
     fake_quantize,
     quantize,
@@ -126,11 +127,20 @@ def test_integer_zero_point_holds_zero_and_reaches_both_ends() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(-0.7, 2.3), (-2.3, 0.7), (0.0, 1.0)])
 def test_a_centred_grid_has_its_zero_in_the_middle(low: float, high: float) -> None:
-    spec = QuantSpec(bit_width=8, symmetric=False, signed=False, centred=True)
+    spec = QuantSpec(bit_width=8, symmetric=False, signed=False, centred_within=128)
     scale, zero_point = asymmetric_parameters(torch.tensor(low), torch.tensor(high), spec)
     assert zero_point == 128
     assert -128 * scale <= low + 1e-6 and high - 1e-6 <= 127 * scale
     assert min(low + 128 * scale, 127 * scale - high) < scale
+
+
+@pytest.mark.parametrize(("low", "zero_point"), [(-111.0, 111), (-112.0, 128), (-144.0, 128), (-145.0, 145)])
+def test_a_grid_is_centred_where_its_zero_is_near_the_middle_and_the_spec_says_so(low: float, zero_point: int) -> None:
+    spec = QuantSpec(bit_width=8, symmetric=False, signed=False, centred_within=16)
+    scale, found = asymmetric_parameters(torch.tensor(low), torch.tensor(low + 255), spec)
+    assert found == zero_point
+    assert -zero_point * scale <= low + 1e-6 and low + 255 - 1e-6 <= (255 - zero_point) * scale
+    assert centre(torch.tensor(130.0), spec) == 128 and centre(torch.tensor(150.0), spec) == 150
 
 
 def test_codes_are_what_onnx_quantize_linear_computes() -> None:

@@ -268,7 +268,7 @@ def test_specs_are_what_the_library_takes() -> None:
     table = QuantSpec(bit_width=8, symmetric=False, signed=False)
     assert target.quant_spec(request("embedding")) == table
     tied = dataclasses.replace(request("embedding"), tied=True)
-    assert target.quant_spec(tied) == dataclasses.replace(table, centred=True)
+    assert target.quant_spec(tied) == dataclasses.replace(table, centred_within=128)
     assert target.quant_spec(request("conv", 8, depthwise=True)) == QuantSpec(bit_width=4, axis=0)
     assert target.quant_spec(request("conv", 16, depthwise=True)) == QuantSpec(bit_width=8, axis=0)
     for keys, bits in ((10, 8), (11, 16)):
@@ -276,6 +276,9 @@ def test_specs_are_what_the_library_takes() -> None:
         assert probabilities == QuantSpec(bit_width=bits, symmetric=False, signed=False)
     sigmoid = TensorRequest("activation", "activation", (1, 4), 16, 16, function="aten.sigmoid")
     assert target.quant_spec(sigmoid).range_max == 65535 / 65536
+    keys = TensorRequest("linear", "activation", (1, 4, 16), 8, 8, factor=True)
+    assert target.quant_spec(keys) == QuantSpec(bit_width=8, symmetric=False, signed=False, centred_within=16)
+    assert target.quant_spec(dataclasses.replace(keys, bit_width=16)).centred_within is None
     gamma = target.quant_spec(TensorRequest("norm", "norm_weight", (16,), 16, 16))
     assert gamma == QuantSpec(bit_width=8, symmetric=False, signed=False)
 

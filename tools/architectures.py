@@ -1,12 +1,14 @@
 """Compile every architecture of `architecture_models.py` in every precision for a target, and print what came of it.
 
-    python tools/architectures.py [--architectures sana,llama] [--precisions W4A8,W8A16] [--target htp] [--json]
+    python tools/architectures.py [--architectures sana,llama] [--precisions W4A8,W8A16] [--seeds 5] [--json]
 
 Needs `pip install diffusers==0.42.0 transformers`. Quantization is post-training, on the example inputs. One row is one
 compile: ops that run on the target and those that fell back, ops left in float, seconds, peak memory of this process
 and its children, bytes of the binary beside those of the packed weights, and the distance between the target and
 onnxruntime on the same file: in steps of the output's quantizer, as cosine, and as slope, which shows a wrong factor
-that a cosine hides. A row that cannot be compiled says why; the exit status is then 1.
+that a cosine hides. With several seeds, of weights and inputs, the distances in the table are medians with the least
+and the greatest: in a net of random weights one code that rounds the other way moves many behind it. A row that cannot
+be compiled says why; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +51,7 @@ class Row:
     """What one compile left, or the error that ended it.
 
     Attributes:
+        seed: of the weights and inputs.
         ops: nodes of the ONNX file that are no quantizers.
         fallback: nodes outside the target.
         floats: ops that were not quantized, with the reason.
@@ -56,6 +61,7 @@ class Row:
 
     architecture: str
     precision: str
+    seed: int = 0
     error: str = ""
     ops: int = 0
     fallback: int | None = None
@@ -90,6 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", type=_names(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--precisions", type=_names(PRECISIONS), default=list(PRECISIONS))
+    parser.add_argument("--seeds", type=int, default=1, help="weights and inputs of each row (default: %(default)s)")
     parser.add_argument("--target", default="htp", help="target text (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="keep the results of the compiles in this folder")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
@@ -108,35 +115,33 @@ def _names(known: Any) -> Any:
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    """One row for each architecture and precision."""
-    for architecture in options.architectures:
-        for precision in options.precisions:
-            with tempfile.TemporaryDirectory() as scratch:
-                folder = (options.output or Path(scratch)) / f"{architecture}_{precision}"
-                yield compile_one(architecture, precision, options.target, folder)
+    """One row for each architecture, precision and seed."""
+    for architecture, precision, seed in product(options.architectures, options.precisions, range(options.seeds)):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = (options.output or Path(scratch)) / f"{architecture}_{precision}_{seed}"
+            yield compile_one(Row(architecture, precision, seed), options.target, folder)
 
 
-def compile_one(architecture: str, precision: str, target: str, folder: Path) -> Row:
-    """Compile one architecture and compare the target with onnxruntime."""
-    weights, activations = PRECISIONS[precision]
-    model, inputs = build(architecture)
+def compile_one(row: Row, target: str, folder: Path) -> Row:
+    """Compile what a row names and compare the target with onnxruntime."""
+    weights, activations = PRECISIONS[row.precision]
+    model, inputs = build(row.architecture, row.seed)
     meter, start = PhaseMeter(verbose=False), time.perf_counter()
     try:
         result = fraqat_compiler.compile(
             model, inputs, output=folder, progress=meter, target=target, weights=weights, activations=activations
         )
     except FraqatError as error:
-        return Row(architecture, precision, str(error))
+        return replace(row, error=str(error))
     seconds = time.perf_counter() - start
-    return row_of(architecture, precision, result, seconds, max(phase.peak_memory for phase in meter.phases))
+    return filled(row, result, seconds, max(phase.peak_memory for phase in meter.phases))
 
 
-def row_of(architecture: str, precision: str, result: CompileResult, seconds: float, peak_bytes: int) -> Row:
-    """The figures of a finished compile."""
+def filled(row: Row, result: CompileResult, seconds: float, peak_bytes: int) -> Row:
+    """The row with the figures of a finished compile."""
     report, model = result.report, onnx.load(result.output / MODEL_FILE, load_external_data=False)
-    return Row(
-        architecture,
-        precision,
+    return replace(
+        row,
         ops=sum(node.op_type not in QUANTIZERS for node in model.graph.node),
         fallback=report["target"]["fallback_nodes"],
         floats=tuple(f"{layer['name']}: {layer['reason']}" for layer in report["layers"] if layer["status"] == "float"),
@@ -170,41 +175,51 @@ def against_onnxruntime(result: CompileResult) -> Parity:
 
 def summary(row: Row) -> str:
     """One line on a row."""
-    name = f"{row.architecture} {row.precision}"
+    name = f"{row.architecture} {row.precision} seed {row.seed}"
     if row.parity is None:
         return f"{name}: {row.error}"
     notes = [*row.floats, *row.warnings]
-    return "\n    ".join([f"{name}: {_lsb(row.parity)} LSB, cosine {row.parity.cosine:.6f}", *notes])
-
-
-def _lsb(distance: Parity) -> str:
-    if distance.max_lsb is None or distance.mean_lsb is None:
-        return f"{distance.max_abs:.3g} abs"
-    return f"{distance.max_lsb:.0f} / {distance.mean_lsb:.2f}"
+    return "\n    ".join([f"{name}: {_lsb([row.parity])} LSB, cosine {row.parity.cosine:.6f}", *notes])
 
 
 def print_table(rows: list[Row], target: str) -> None:
-    """Print the rows for people."""
+    """Print the rows for people, those of several seeds as one."""
     names = ("architecture", "precision", "ops", "fallback", "float", "s", "peak MiB", "binary KiB", "weights KiB")
     table = Table(*names, "max / mean LSB", "cosine", "slope", title=f"{target} against onnxruntime on the same file")
-    for row in rows:
-        table.add_row(row.architecture, row.precision, *(_cells(row, row.parity) if row.parity else [row.error[:60]]))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for (architecture, precision), seeds in groupby(rows, lambda row: (row.architecture, row.precision)):
+        group = list(seeds)
+        failed = [row.error[:60] for row in group if row.error]
+        table.add_row(architecture, precision, *(failed[:1] or _cells(group)))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def _cells(row: Row, distance: Parity) -> list[str]:
+def _cells(rows: list[Row]) -> list[str]:
+    first, distances = rows[0], [row.parity for row in rows if row.parity]
     return [
-        str(row.ops),
-        str(row.fallback),
-        str(len(row.floats)),
-        f"{row.seconds:.1f}",
-        f"{row.peak_bytes / MIB:.0f}",
-        f"{row.binary_bytes / 1024:.0f}",
-        f"{row.weight_bytes / 1024:.0f}",
-        _lsb(distance),
-        f"{distance.cosine:.6f}",
-        f"{distance.slope:.5f}",
+        str(first.ops),
+        str(max(row.fallback or 0 for row in rows)),
+        str(len(first.floats)),
+        f"{first.seconds:.1f}",
+        f"{first.peak_bytes / MIB:.0f}",
+        f"{first.binary_bytes / 1024:.0f}",
+        f"{first.weight_bytes / 1024:.0f}",
+        _lsb(distances),
+        _spread([distance.cosine for distance in distances], ".5f"),
+        _spread([distance.slope for distance in distances], ".4f"),
     ]
+
+
+def _lsb(distances: list[Parity]) -> str:
+    if any(distance.max_lsb is None for distance in distances):
+        return f"{_spread([distance.max_abs for distance in distances], '.3g')} abs"
+    greatest, mean = ([getattr(of, name) for of in distances] for name in ("max_lsb", "mean_lsb"))
+    return f"{_spread(greatest, '.0f')} / {_spread(mean, '.2f')}"
+
+
+def _spread(values: list[float], form: str) -> str:
+    """The median, and the least and greatest of several."""
+    middle = f"{statistics.median(values):{form}}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):{form}}-{max(values):{form}})"
 
 
 if __name__ == "__main__":
