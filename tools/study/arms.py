@@ -42,7 +42,13 @@ def _auto_without(name: str, says: str, **options: str) -> Arm:
     return Arm(f"auto-{name}", f"auto, {says}", _AUTO | options, rate_of="auto")
 
 
+def _lsq_with(name: str, says: str, **options: str) -> Arm:
+    """An ablation: one ingredient of `auto` added to `lsq`, at its learning rate."""
+    return Arm(f"lsq-{name}", f"lsq, {says}", {"schedule": "direct", "recipe": "lsq"} | options, rate_of="lsq")
+
+
 _AUTO = {"schedule": "auto", "loss": "auto", "recipe": "auto", "range_method": None}
+_QUARTER = "mse,features{weight=0.25}"
 _GROUPS = {"target": "onnxruntime{group-size=32}"}  # which no HTP has
 
 ARMS = {
@@ -123,12 +129,12 @@ ARMS = {
         _auto_without("no-ema", "weights not averaged", recipe="lsq,adamw{cooldown=0.5}"),
         _auto_without("cooldown", "the rate falls over 0.3 of the steps", recipe="lsq,ema"),
         _auto_without("direct", "straight to the target width", schedule="direct"),
-        Arm(
-            "lsq-fractional",
-            "learned ranges of weights and activations, 5-4.5-4",
-            {"schedule": "short", "recipe": "lsq"},
-            rate_of="lsq",
-        ),
+        _lsq_with("fractional", "on the way 5-4.5-4", schedule="short"),
+        _lsq_with("features", "distilled on every block too", loss="mse,features"),
+        _lsq_with("features-quarter", "distilled on every block with a quarter of the weight", loss=_QUARTER),
+        _lsq_with("mse-ranges", "from activation ranges of least squared error", range_method="mse"),
+        _lsq_with("ema", "weights averaged over the last stage", recipe="lsq,ema"),
+        _lsq_with("cooldown", "the rate falls over half of the steps, not 0.3", recipe="lsq,adamw{cooldown=0.5}"),
         Arm("rtn", "round to nearest, no training", {"steps": 0, "weight_range": "minmax"}, trains=False),
         Arm(
             "rtn-groups",
