@@ -26,6 +26,21 @@ def run_batch(model: Callable[..., Any], batch: Batch) -> Any:
     return model(*batch)
 
 
+def input_values(graph: GraphModule, batch: Batch) -> list[Any]:
+    """A batch as the values of the graph's placeholders."""
+    args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, {})
+    return pytree.tree_leaves((args, in_signature_order(graph, kwargs)))
+
+
+def in_signature_order(graph: GraphModule, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword inputs in the order in which they were captured."""
+    info = getattr(graph.graph._codegen, "pytree_info", None)
+    if info is None or not kwargs:
+        return kwargs
+    order = info.in_spec.children()[1].context or []
+    return {name: kwargs[name] for name in [*order, *(set(kwargs) - set(order))] if name in kwargs}
+
+
 def calibrate(graph: GraphModule, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None) -> int:
     """Find the range of every activation, and of every tensor that the graph owns.
 

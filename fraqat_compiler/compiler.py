@@ -255,6 +255,7 @@ class _Compilation(Tuning):
             "pipeline": ",".join(self.pipelines),
             "layers": self.layers(student),
             **({"assignment": self.assignment} if self.assignment else {}),
+            **({"compensation": self.compensation} if self.compensation is not None else {}),
             "schedule": history.schedule if history else [],
             "metrics": metrics,
             "passes": [record.to_json() for record in self.records],

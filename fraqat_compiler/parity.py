@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from fraqat_compiler.calibration import Batch
+from fraqat_compiler.calibration import Batch, in_signature_order, input_values
 from fraqat_compiler.errors import VerificationError
 from fraqat_compiler.fake_quant import ActivationFakeQuantize
 from fraqat_compiler.ops import is_pass_through
@@ -148,7 +148,7 @@ def noise_floor(
 
 
 def _in_float64(graph: GraphModule, batch: Batch) -> list[Tensor]:
-    results = flat_inputs(_InFloat64(graph).run(*_leaves(graph, batch), enable_io_processing=False))
+    results = flat_inputs(_InFloat64(graph).run(*input_values(graph, batch), enable_io_processing=False))
     return [result.float() if result.dtype == torch.float64 else result for result in results]
 
 
@@ -184,24 +184,9 @@ def beyond_noise(distance: Parity, floor: Parity) -> bool:
 # Inputs and outputs
 
 
-def _leaves(graph: GraphModule, batch: Batch) -> list[Any]:
-    """A batch as the values of the graph's placeholders."""
-    args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, {})
-    return pytree.tree_leaves((args, _in_signature_order(graph, kwargs)))
-
-
-def _in_signature_order(graph: GraphModule, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword inputs in the order in which they were captured."""
-    info = getattr(graph.graph._codegen, "pytree_info", None)
-    if info is None or not kwargs:
-        return kwargs
-    order = info.in_spec.children()[1].context or []
-    return {name: kwargs[name] for name in [*order, *(set(kwargs) - set(order))] if name in kwargs}
-
-
 def input_tensors(graph: GraphModule, batch: Batch) -> list[Tensor]:
     """The tensors of a batch in the order of the graph's inputs."""
-    return [leaf for leaf in _leaves(graph, batch) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in input_values(graph, batch) if isinstance(leaf, Tensor)]
 
 
 def flat_inputs(batch: Any) -> list[Tensor]:
@@ -265,7 +250,7 @@ class TorchRunner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         info = getattr(self._graph.graph._codegen, "pytree_info", None)
-        ordered = (args, _in_signature_order(self._graph, kwargs))
+        ordered = (args, in_signature_order(self._graph, kwargs))
         results = self.runner(name_arrays(self.inputs, flat_inputs(ordered)))
         tensors = [torch.from_numpy(np.ascontiguousarray(results[name])) for name in self.outputs]
         return pytree.tree_unflatten(tensors, info.out_spec) if info is not None else tensors[0]

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from fraqat_compiler import pipeline_text
 from fraqat_compiler.blended_grid import BlendedGrid
+from fraqat_compiler.error_compensation import Gptq
 from fraqat_compiler.errors import UsageError
 from fraqat_compiler.learned_ranges import LEARNED, Lsq
 from fraqat_compiler.passes.split_low_rank import BRANCH, SplitLowRank
@@ -53,6 +54,7 @@ INGREDIENTS: dict[str, type[Any]] = {
     **LEARNED,
     BlendedGrid.name: BlendedGrid,
     SplitLowRank.name: SplitLowRank,
+    Gptq.name: Gptq,
 }
 
 
@@ -97,9 +99,13 @@ class Recipe:
         return self._first(SplitLowRank)
 
     @property
+    def gptq(self) -> Gptq | None:
+        return self._first(Gptq)
+
+    @property
     def needs_training(self) -> tuple[str, ...]:
         """Names of the ingredients that do nothing without a fine-tune."""
-        return tuple(item.name for item in self.ingredients if not isinstance(item, SplitLowRank))
+        return tuple(item.name for item in self.ingredients if not isinstance(item, SplitLowRank | Gptq))
 
     @staticmethod
     def widths(weights: str, student: GraphModule) -> str:

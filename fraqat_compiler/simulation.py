@@ -82,6 +82,7 @@ def _report(tuning: Tuning, tuned: Tuned) -> dict[str, Any]:
         "pipeline": ",".join(tuning.pipelines),
         "layers": tuning.layers(tuned.student),
         **({"assignment": tuning.assignment} if tuning.assignment else {}),
+        **({"compensation": tuning.compensation} if tuning.compensation is not None else {}),
         "schedule": tuned.history.schedule if tuned.history else [],
         "metrics": {"float": tuned.metrics, "quantized": simulated},
         "warnings": tuning.warnings,

@@ -25,6 +25,7 @@ from fraqat_compiler.calibration import Batch, calibrate, first_samples
 from fraqat_compiler.capture import capture
 from fraqat_compiler.compile_options import CompileOptions
 from fraqat_compiler.default_recipe import activation_range_of, loss_of, weight_range_of
+from fraqat_compiler.error_compensation import compensate, compensated_layers
 from fraqat_compiler.errors import DataError, UsageError
 from fraqat_compiler.fine_tune import FineTuneResult, fine_tune
 from fraqat_compiler.instruments import Instrument
@@ -89,6 +90,7 @@ class Tuning:
         self.recipe: Recipe = parse_recipe(self.options.recipe)
         self.auto = parse_auto(self.options.weights)
         self.assignment: dict[str, Any] | None = None
+        self.compensation: list[dict[str, Any]] | None = None
         if self.auto is not None and self.job.calibration_data is None:
             raise UsageError(
                 "--weights auto measures the layers on calibration data, and the job defines no calibration_data().",
@@ -110,6 +112,7 @@ class Tuning:
         batches = self._batches
         with self._phase("calibrate", len(batches)):
             calibrate(student, batches, self.progress.update)
+        self._compensate(student, batches)
         metrics = self.metrics("evaluate float", teacher)
         return Tuned(teacher, student, batches, self._fine_tune(teacher, student), metrics)
 
@@ -197,6 +200,22 @@ class Tuning:
         if not batches:
             raise DataError("the calibration data is empty.", "Let calibration_data() yield at least one batch.")
         return batches
+
+    def _compensate(self, student: GraphModule, batches: list[Batch]) -> None:
+        """Let weights make up for each other's rounding at their end widths, where the recipe asks for it."""
+        if self.recipe.gptq is None:
+            return
+        with self._phase("compensate", len(compensated_layers(student))):
+            done = compensate(student, batches, self.recipe.gptq, self.progress.update)
+        self.compensation = [layer.to_json() for layer in done]
+        left = [layer for layer in done if layer.reason]
+        if left:
+            first = f"first {left[0].weight}: {left[0].reason}"
+            self.warnings.append(f"gptq leaves {len(left)} of {len(done)} weights rounded to nearest, {first}.")
+        if not done:
+            self.warnings.append(
+                "gptq finds nothing to compensate: no linear weight of up to 8 bits is read by one op."
+            )
 
     def _fine_tune(self, teacher: GraphModule, student: GraphModule) -> FineTuneResult | None:
         steps, data = self._steps, self.job.train_data

@@ -69,7 +69,7 @@ def test_every_flag_exists_and_every_arm_parses() -> None:
     known = _options_of(commands["compile"]) | _options_of(commands["simulate"])
     assert set(re.findall(r"(--[a-z][a-z-]+)", TEXT)) <= known
     arms = re.findall(r"^\| .*? \| `(--.*)` \|", _section("Baselines by name"), re.MULTILINE)
-    assert len(arms) == 9
+    assert len(arms) == 10
     for arm in arms:
         words = shlex.split(arm)
         given = dict(zip(words[::2], words[1::2], strict=True))

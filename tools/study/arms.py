@@ -137,6 +137,24 @@ ARMS = {
         _lsq_with("cooldown", "the rate falls over half of the steps, not 0.3", recipe="lsq,adamw{cooldown=0.5}"),
         Arm("rtn", "round to nearest, no training", {"steps": 0, "weight_range": "minmax"}, trains=False),
         Arm(
+            "gptq",
+            "error-compensated rounding, no training",
+            {"steps": 0, "weight_range": "minmax", "recipe": "gptq"},
+            trains=False,
+        ),
+        Arm(
+            "direct-gptq",
+            "direct, from error-compensated rounding",
+            {"schedule": "direct", "recipe": "gptq"},
+            rate_of="direct",
+        ),
+        Arm(
+            "auto-gptq",
+            "auto, from error-compensated rounding",
+            _AUTO | {"recipe": "gptq,lsq,ema,adamw{cooldown=0.5}"},
+            rate_of="auto",
+        ),
+        Arm(
             "rtn-groups",
             "round to nearest, with a scale for every 32 weights of a row",
             {"steps": 0, "weight_range": "minmax"} | _GROUPS,
