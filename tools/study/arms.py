@@ -163,4 +163,4 @@ ARMS = {
         Arm("mse", "ranges of least squared error, no training", {"steps": 0, "weight_range": "mse"}, trains=False),
     )
 }
-HEADLINE = ("direct", "auto", "learned", "fraqat", "integer", "coarse", "svdqat-32", "learned-fractional")
+HEADLINE = ("direct", "auto", "lsq", "fraqat", "integer", "coarse", "svdqat-32")

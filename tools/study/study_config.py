@@ -20,6 +20,7 @@ class StudyConfig(ABC):
         steps: of every arm's fine-tune.
         seeds: how many runs each trained arm has; they are 1, 2, ...
         learning_rates: every arm is tried with each, on a seed of its own, and keeps its best.
+        sweep_repeats: seeds that an arm of the headline is tried with, 3 at most; the mean counts.
     """
 
     subject: ClassVar[str]
@@ -28,6 +29,7 @@ class StudyConfig(ABC):
     steps: int
     seeds: int
     learning_rates: tuple[float, ...]
+    sweep_repeats: int = 1
 
     @property
     def kind(self) -> Kind:
@@ -241,6 +243,7 @@ CONFIGS: dict[str, StudyConfig] = {
             steps=120,
             seeds=5,
             learning_rates=(6e-5, 2e-4, 6e-4),
+            sweep_repeats=3,
             images=768,
             sampling_steps=16,
         ),

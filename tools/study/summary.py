@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,11 +75,11 @@ interval and p of the paired t-test, seed by seed.
 
 def _best_rates(runs: Sequence[Run], kind: Kind) -> dict[tuple[str, str], float]:
     """The learning rate that won the sweep, by precision and the arm that was swept."""
-    swept: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    swept: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         if run["sweep"]:
-            swept[run["precision"], run["arm"]].append(run)
-    return {key: min(of, key=lambda run: run["metrics"][kind.swept])["lr"] for key, of in swept.items()}
+            swept[run["precision"], run["arm"]][run["lr"]].append(run["metrics"][kind.swept])
+    return {key: min(of, key=lambda rate: statistics.fmean(of[rate])) for key, of in swept.items()}
 
 
 def _groups(runs: Sequence[Run], kind: Kind) -> Groups:
