@@ -134,6 +134,9 @@ class LearnedWeightFakeQuantize(WeightFakeQuantize):
         made = cls(module.spec, module.role, module.scale_shape).to(module.scale.device)
         made.least_scale.copy_(module.least_scale)
         made.scale.copy_(module.scale)
+        if module.fitted_bit_width is not None:  # clip ratios stay those of calibration, whatever the weight is by now
+            made.base_scale.copy_(module.scale)
+            made.fitted_bit_width = module.fitted_bit_width
         return made
 
     def to_config(self) -> dict[str, Any]:

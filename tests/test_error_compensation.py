@@ -206,8 +206,9 @@ def test_a_fine_tune_starts_from_the_codes(tmp_path: Path) -> None:
     assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
 
 
-def test_learned_ranges_start_from_the_codes() -> None:
-    _, student = build()
+@pytest.mark.parametrize("weight_range", ["minmax", "mse"])
+def test_learned_ranges_start_from_the_codes(weight_range: str) -> None:
+    _, student = build(weight_range=weight_range)
     compensate(student, [(torch.randn(16, 8),)], Gptq())
     before = _codes(student)
     apply_recipe(student, parse_recipe("lsq"), own_parameters(student, "all"))
