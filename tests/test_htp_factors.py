@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fraqat_compiler
-from fraqat_compiler.targets.htp import target as htp
+from fraqat_compiler.targets.htp import grids
 
 pytest.importorskip("onnxruntime_qnn")
 
@@ -45,5 +45,5 @@ def test_the_library_cuts_it_off_where_the_zero_point_is_not_the_middle(
     tmp_path: Path, highest: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Should it be right one day, `centred_within` can go."""
-    monkeypatch.setattr(htp, "SIGNED_FACTOR_WINDOW", -1)
+    monkeypatch.setattr(grids, "FACTOR_WINDOW", -1)
     assert stray(tmp_path, highest) > 2

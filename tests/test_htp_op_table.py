@@ -134,6 +134,18 @@ def test_a_table_of_another_version_is_told(tool: ModuleType, tmp_path: Path, mo
 
 
 @needs_htp
+@pytest.mark.parametrize("conv", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_to_one_channel_runs(conv: type[nn.Conv2d | nn.ConvTranspose2d], tmp_path: Path) -> None:
+    """Its scale per channel is a single one, and 4 bits per tensor are refused with a bias: it gets 8."""
+    torch.manual_seed(0)
+    model, inputs = conv(8, 1, 3), (torch.randn(1, 8, 6, 6),)
+    result = fraqat_compiler.compile(model, inputs, output=tmp_path, target="htp", weights=4, activations=8)
+    assert [layer["weight_bits"] for layer in result.report["layers"]] == [8]
+    assert result.report["target"]["fallback_nodes"] == 0
+    assert result.report["parity"]["target"]["max_lsb"] <= 1.01
+
+
+@needs_htp
 @pytest.mark.parametrize("groups", [4, 16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_grouped_transposed_convolutions_get_the_form_that_is_right(groups: int, bias: bool, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fraqat_compiler.targets.htp.client import NO_FALLBACK, QnnError, QnnProcess
 from fraqat_compiler.targets.htp.context_binary import BinaryFacts, read_binary
 from fraqat_compiler.targets.htp.context_model import note, read_context, weight_bytes
 from fraqat_compiler.targets.htp.cost_model import estimate, known_models, to_profile
+from fraqat_compiler.targets.htp.grids import grid_for
 from fraqat_compiler.targets.htp.log_messages import explain
 from fraqat_compiler.targets.htp.node_support import Refusal, refusals
 from fraqat_compiler.targets.htp.op_counts import count_ops
@@ -42,11 +43,7 @@ BINARY_FILE = "htp_context_qnn.bin"
 LOG_FILE = "htp.log"
 DEFAULT_SOC = "sm8750"
 OLDEST_GLIBC = (2, 35)
-SIGMOIDS = frozenset({"aten.sigmoid", "aten.hardsigmoid"})
-HIGHEST_SIGMOID = 65535 / 65536
 SIGNED_FACTORS = 73  # the first architecture that multiplies unsigned by signed 16 bits
-SIGNED_FACTOR_WINDOW = 16  # codes between a zero point and 128
-SOFTMAX_AT_8_BITS = 10  # elements; one of n is at least 1 / n, and from 0.1 on the library is right at 8 bits
 
 
 @dataclass(frozen=True)
@@ -98,41 +95,9 @@ class HtpTarget(Target):
         return None
 
     def quant_spec(self, request: TensorRequest) -> QuantSpec | Unquantized:
-        """What the library takes: symmetric signed weights, unsigned activations, u8 norm weights.
-
-        A lookup table is per tensor at 8 bits and unsigned like activations, because a Gather has one grid. The zero
-        point of a tied one is 128, because a 16-bit kernel that reads it too cuts off what is 128 or more steps above
-        it; others keep theirs, because the library holds a table twice whose grid goes beyond that of what it is
-        converted to. Depthwise kernels keep 8 bits at 16-bit activations, where 4-bit ones stray by 26 to 62 LSB.
-        Grouped transposed convolutions have 8 bits per tensor: per channel they are wrong, or refused with a bias, as 4
-        bits per tensor are. A softmax over many elements has 16 bits: at 8 the library computes a flat one too large,
-        by 19 % at 256 elements and more than twofold at 1024. The second factor of a product of two activations at 8
-        bits has the zero point 128 if it would lie within 16 of it: the op that computes the factor then writes signed
-        bytes about its zero point, which end 127 steps above it and not at 255. A sigmoid at 16 bits spans [0, 1): the
-        library gives it that grid whatever the file says, and then scales the bias of a layer behind it wrongly. The
-        bias of a LayerNorm at 8 bits it rounds to whole steps of the result, so the graph has it so too, and the fine-
-        tune makes up for it.
-        """
+        """Symmetric signed weights, unsigned activations, u8 norm weights; `grids` has what HTP needs beside."""
         spec = super().quant_spec(request)
-        if isinstance(spec, Unquantized):
-            return spec
-        if request.function in SIGMOIDS and request.role == "activation" and spec.bit_width == 16:
-            return dataclasses.replace(spec, range_max=HIGHEST_SIGMOID)
-        if request.factor and spec.bit_width == 8:
-            spec = dataclasses.replace(spec, centred_within=SIGNED_FACTOR_WINDOW)
-        if request.op == "softmax" and request.role == "activation" and request.shape[-1] > SOFTMAX_AT_8_BITS:
-            return dataclasses.replace(spec, bit_width=max(spec.bit_width, 16))
-        if request.role == "bias" and request.function == "aten.layer_norm" and request.activation_bit_width <= 8:
-            return dataclasses.replace(spec, result_scale=True)
-        if request.role != "weight":
-            return spec
-        if request.op == "embedding":
-            return QuantSpec(bit_width=8, symmetric=False, signed=False, centred_within=128 if request.tied else None)
-        if request.depthwise and request.op == "conv_transpose":
-            return dataclasses.replace(spec, bit_width=max(spec.bit_width, 8), axis=None)
-        if request.depthwise and request.activation_bit_width > 8:
-            return dataclasses.replace(spec, bit_width=max(spec.bit_width, 8))
-        return spec
+        return spec if isinstance(spec, Unquantized) else grid_for(request, spec)
 
     def prepare_pipeline(self) -> str:
         """Shapes are simplified last: what the passes before them write out has some too."""
