@@ -1,8 +1,8 @@
 """The front door: one call takes a model to a compiled, verified artifact and its report.
 
 The phases run in this order; each is a method of `_Compilation`, or of `Tuning` before it:
-capture -> prepare (the target's pipeline) -> insert -> calibrate -> check a draft -> fine-tune -> lower -> compile ->
-verify -> profile.
+capture -> prepare (the target's pipeline) -> insert -> calibrate -> compensate (a recipe with `gptq`) -> check a draft ->
+fine-tune -> lower -> compile -> verify -> profile.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ class Tuned(NamedTuple):
 class Tuning:
     """The phases capture -> prepare (the target's pipeline) -> insert -> calibrate -> fine-tune, and their records.
 
-    With `--weights auto` the layers' sensitivities are measured, and widths assigned, before the insertion.
+    With `--weights auto` the layers' sensitivities are measured, and widths assigned, before the insertion; with `gptq`
+    in the recipe rounding is compensated after the calibration.
     """
 
     job: Job
