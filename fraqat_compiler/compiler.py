@@ -1,7 +1,7 @@
 """The front door: one call takes a model to a compiled, verified artifact and its report.
 
 The phases run in this order; each is a method of `_Compilation`, or of `Tuning` before it:
-capture -> prepare (the target's pipeline) -> insert -> calibrate -> compensate (a recipe with `gptq`) -> check a draft ->
+capture -> prepare (the target's pipeline) -> insert -> calibrate -> compensate (with `gptq`) -> check a draft ->
 fine-tune -> lower -> compile -> verify -> profile.
 """
 
