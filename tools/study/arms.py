@@ -42,12 +42,15 @@ def _auto_without(name: str, says: str, **options: str) -> Arm:
     return Arm(f"auto-{name}", f"auto, {says}", _AUTO | options, rate_of="auto")
 
 
-def _lsq_with(name: str, says: str, **options: str) -> Arm:
-    """An ablation: one ingredient of `auto` added to `lsq`, at its learning rate."""
-    return Arm(f"lsq-{name}", f"lsq, {says}", {"schedule": "direct", "recipe": "lsq"} | options, rate_of="lsq")
+def _lsq_with(name: str, says: str, features: bool = False, **options: str) -> Arm:
+    """An ablation: an ingredient or two of `auto` added to `lsq`, at its learning rate."""
+    return Arm(
+        f"lsq-{name}", f"lsq, {says}", {"schedule": "direct", "recipe": "lsq"} | options, features, rate_of="lsq"
+    )
 
 
 _AUTO = {"schedule": "auto", "loss": "auto", "recipe": "auto", "range_method": None}
+_COOLED = "lsq,adamw{cooldown=0.5}"
 _QUARTER = "mse,features{weight=0.25}"
 _GROUPS = {"target": "onnxruntime{group-size=32}"}  # which no HTP has
 
@@ -130,11 +133,14 @@ ARMS = {
         _auto_without("cooldown", "the rate falls over 0.3 of the steps", recipe="lsq,ema"),
         _auto_without("direct", "straight to the target width", schedule="direct"),
         _lsq_with("fractional", "on the way 5-4.5-4", schedule="short"),
-        _lsq_with("features", "distilled on every block too", loss="mse,features"),
+        _lsq_with("features", "distilled on every block too", features=True),
         _lsq_with("features-quarter", "distilled on every block with a quarter of the weight", loss=_QUARTER),
         _lsq_with("mse-ranges", "from activation ranges of least squared error", range_method="mse"),
         _lsq_with("ema", "weights averaged over the last stage", recipe="lsq,ema"),
-        _lsq_with("cooldown", "the rate falls over half of the steps, not 0.3", recipe="lsq,adamw{cooldown=0.5}"),
+        _lsq_with("cooldown", "the rate falls over half of the steps, not 0.3", recipe=_COOLED),
+        _lsq_with(
+            "features-cooldown", "distilled on every block too, with that cooldown", features=True, recipe=_COOLED
+        ),
         Arm("rtn", "round to nearest, no training", {"steps": 0, "weight_range": "minmax"}, trains=False),
         Arm(
             "gptq",
