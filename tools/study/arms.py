@@ -141,13 +141,6 @@ ARMS = {
         _lsq_with(
             "features-cooldown", "distilled on every block too, with that cooldown", features=True, recipe=_COOLED
         ),
-        _lsq_with(
-            "features-cooldown-fractional",
-            "that on the way 5-4.5-4",
-            features=True,
-            recipe=_COOLED,
-            schedule="short",
-        ),
         Arm("rtn", "round to nearest, no training", {"steps": 0, "weight_range": "minmax"}, trains=False),
         Arm(
             "gptq",

@@ -81,7 +81,8 @@ class Bench:
 
     def _distance(self, precision: str, arm: str, rate: float) -> float:
         """What the sweep chooses by; arms of the headline are trained several times, since one run's is noisy."""
-        repeats = self.config.sweep_repeats if arm in HEADLINE else 1
+        is_headline = arm in HEADLINE and precision == next(iter(self.config.kind.precisions))
+        repeats = self.config.sweep_repeats if is_headline else 1
         swept = [self.result(RunKey(precision, arm, rate, seed, sweep=True)) for seed in SWEEP_SEEDS[:repeats]]
         return statistics.fmean(result["metrics"][self.config.kind.swept] for result in swept)
 

@@ -20,7 +20,8 @@ class StudyConfig(ABC):
         steps: of every arm's fine-tune.
         seeds: how many runs each trained arm has; they are 1, 2, ...
         learning_rates: every arm is tried with each, on a seed of its own, and keeps its best.
-        sweep_repeats: seeds that an arm of the headline is tried with, 3 at most; the mean counts.
+        sweep_repeats: seeds that an arm of the headline is tried with at the first precision, 3 at most; the mean
+            counts.
     """
 
     subject: ClassVar[str]
