@@ -230,13 +230,13 @@ def digits() -> Iterator[Job]:
 
 
 def test_a_trained_transformer_compiles_nearer_to_its_float_self(digits: Job, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"weights": "4,patch=8,label=8", "steps": 0}
+    options: dict[str, Any] = {"weights": "3,patch=8,label=8", "steps": 0, "weight_range": "minmax"}
     plain = simulate(digits, output=tmp_path / "plain", **options)
     made = fraqat_compiler.compile(digits, output=tmp_path / "made", recipe="gptq", **options)
     teacher, held_out = digits.model(), list(digits.calibration_data())[-1]  # type: ignore[misc]
     with torch.no_grad():
         errors = [float((end.student(*held_out) - teacher(*held_out)).square().mean()) for end in (plain, made)]
-    assert errors[1] < 0.8 * errors[0]
+    assert errors[1] < 0.7 * errors[0]
     assert made.report["parity"]["onnx_unoptimized"]["max_lsb"] <= 1.01
     layers = made.report["compensation"]
     assert {layer["weight"] for layer in layers} >= {"proj_out.weight", "blocks.0.attn.q.weight"}
