@@ -47,6 +47,8 @@ def show_report(console: Console, report: Mapping[str, Any], folder: Path) -> No
     console.print(_parity(report["parity"]))
     if report.get("assignment"):
         show_assignment(console, report["assignment"])
+    if report.get("compensation"):
+        console.print(_compensation(report["compensation"]))
     if report["metrics"]["quantized"]:
         console.print(_metrics(report["metrics"]))
     for line in report.get("warnings", []):
@@ -64,6 +66,8 @@ def show_simulation(console: Console, report: Mapping[str, Any], folder: Path) -
     console.print(table(str(report["model"]["name"]), ("", ""), rows, texts=2))
     if report.get("assignment"):
         show_assignment(console, report["assignment"])
+    if report.get("compensation"):
+        console.print(_compensation(report["compensation"]))
     if report["metrics"]["quantized"]:
         console.print(_metrics(report["metrics"]))
     for line in report["warnings"]:
@@ -85,6 +89,14 @@ def show_assignment(console: Console, assignment: Mapping[str, Any], shown: int 
     columns = ("layer", "why", "bits", *(f"loss at {width}" for width in asked))
     figures = ([layer["name"], layer["reason"], layer["bits"], *layer["losses"].values()] for layer in layers[:shown])
     console.print(table(f"the {min(shown, len(layers))} of {len(layers)} layers that matter most", columns, figures, 2))
+
+
+def _compensation(weights: Sequence[Mapping[str, Any]], shown: int = SHOWN_LAYERS) -> Table:
+    """What compensated rounding bought, where rounding to nearest cost most."""
+    worst = sorted(weights, key=lambda weight: -weight["nearest_error"])[:shown]
+    rows = [(weight["weight"], weight["reason"], weight["nearest_error"], weight["error"]) for weight in worst]
+    title = f"error of a layer's results; the {len(rows)} of {len(weights)} weights where rounding costs most"
+    return table(title, ("weight", "why not", "to nearest", "compensated"), rows, texts=2)
 
 
 def _figures(report: Mapping[str, Any]) -> Table:

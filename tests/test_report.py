@@ -56,6 +56,10 @@ def report() -> dict[str, Any]:
         "assignment": {"measure": "mse", "budget": "mean-bits=5", "weights": "4,head=8", "layers": ASSIGNED}
         | {"uniform": [ARM | {"bits": 4, "mean_bits": 4.0}, ARM | {"bits": 8, "mean_bits": 8.0}]}
         | ARM,
+        "compensation": [
+            {"weight": "blocks.0.up.weight", "nearest_error": 0.25, "error": 0.05, "damp": 0.01, "reason": ""},
+            {"weight": "head.weight", "nearest_error": 0.0, "error": 0.0, "damp": None, "reason": "<shared>"},
+        ],
         "schedule": [{"bits": 8, "steps": 10, "loss": 0.1}, {"bits": 4.25, "steps": 30, "loss": 0.0}],
         "metrics": {"float": {"accuracy": 0.98}, "quantized": {"accuracy": 0.97, "new": 1}},
         "passes": [
@@ -76,9 +80,12 @@ def report() -> dict[str, Any]:
     }
 
 
+OPTIONAL = ("phases", "warnings", "pipeline", "assignment", "compensation")
+
+
 def minimal(report: dict[str, Any]) -> dict[str, Any]:
     """The required keys alone, as another program may write them."""
-    short = {key: value for key, value in report.items() if key not in ("phases", "warnings", "pipeline", "assignment")}
+    short = {key: value for key, value in report.items() if key not in OPTIONAL}
     short["profile"] = {"source": "host", "latency_ms": 1.5, "peak_memory_bytes": 1000}
     short["schedule"], short["metrics"] = [], {"float": {}, "quantized": {}}
     short["parity"] = {stage: dict.fromkeys(("max_lsb", "max_abs", "cosine"), 0.0) for stage in report["parity"]}
@@ -175,6 +182,12 @@ def test_the_page_shows_why_each_layer_has_its_width_the_weightiest_first(report
     texts = ["within mean-bits=5: 4.900 bits a weight, 1.00 kB", "all at 4", "assigned", "all at 8", "head<1>", "4e-05"]
     places = [text.find(words) for words in (*texts, "raised: 80 %", "blocks.0.up", "lowest: 20 % of the loss")]
     assert -1 not in places and places == sorted(places)
+
+
+def test_the_page_shows_what_compensated_rounding_bought(report: dict[str, Any]) -> None:
+    page = Page(render(report, {}))
+    assert "blocks.0.up.weight0.250.0520 %" in page.text  # cells without what lies between them
+    assert "head.weight00<shared>" in page.text
 
 
 def test_the_page_of_a_minimal_report(report: dict[str, Any]) -> None:
