@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +55,7 @@ def test_a_layer_norm_with_signed_weights_falls_back(tool: ModuleType, task: Any
     for row in found.values():
         assert row.to_float.cosine > 0.99
         assert row.to_file.max_lsb <= 4
-    assert "1 (1 LayerNormalization) | 2" in tool.markdown(list(found.values()))[-1]
+    assert tool.markdown(list(found.values()))[-1].startswith("| tiny | W8A8 | - · 0 · 1 | ")
 
 
 def test_what_ends_a_quantizer_is_the_row(tool: ModuleType, task: Any) -> None:
@@ -62,7 +64,27 @@ def test_what_ends_a_quantizer_is_the_row(tool: ModuleType, task: Any) -> None:
 
     row = tool.measure_one(tool.Row("tiny", "W8A8", "ort"), task, broken, HtpTarget())
     assert row.error == "ValueError: no | such op"
-    assert tool.markdown([row])[-1] == "| tiny | W8A8 | ort | ValueError: no / such op |  |  |  |  |  |"
+    assert tool.markdown([row])[-1] == "| tiny | W8A8 | - · fails · - | - · fails · - | - · fails · - | - · fails · - |"
+    assert tool.line(row) == "tiny W8A8 ort ValueError: no | such op"
+
+
+def test_rows_that_a_file_has_are_not_measured_again(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distance = tool.Parity(max_lsb=2.0, mean_lsb=0.5, max_abs=0.1, cosine=0.999, slope=1.01, samples=1)
+    known = tool.Row("vit", "W8A8", "ort", nodes=9, contexts=1, fallback={}, to_float=distance, to_file=distance)
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([dataclasses.asdict(known)]))
+    assert tool.read_rows(rows) == {("vit", "W8A8", "ort"): known}
+    assert tool.read_rows(tmp_path / "none.json") == {}
+
+    monkeypatch.setattr(tool, "model_names", lambda: ["vit"])
+    monkeypatch.setattr(tool, "measure_one", lambda row, *_: dataclasses.replace(row, error="measured"))
+    monkeypatch.setattr(tool, "job_of", lambda name: (Job(name, nn.Identity, lambda: (torch.zeros(1),)), []))
+    monkeypatch.setattr(sys, "argv", ["compare", "--precisions", "W8A8", "--json", str(rows)])
+    tool.main()
+    assert "| vit | W8A8 | fails · 0 · fails | " in capsys.readouterr().out
+    assert tool.read_rows(rows)["vit", "W8A8", "ort"] == known
 
 
 def test_inputs_are_named_in_order_and_weights_are_none(tool: ModuleType, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ from fraqat_compiler.targets.htp import HtpTarget
 from fraqat_compiler.targets.htp.client import QnnProcess
 
 PRECISIONS = {"W8A16": (8, 16), "W8A8": (8, 8), "W4A16": (4, 16), "W4A8": (4, 8)}
+QUANTIZER_NAMES = ("fraqat", "ort", "ort-per-channel")
 EXAMPLES = ("digits_dit", "mobilenet_v2_real", "minilm")
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 CALIBRATION_BATCHES = 4
@@ -144,8 +145,8 @@ def key(row: Row) -> Key:
 
 def in_order(rows: Mapping[Key, Row]) -> list[Row]:
     """Rows as `measure` makes them."""
-    models, precisions = model_names(), list(PRECISIONS)
-    return [rows[key] for key in sorted(rows, key=lambda key: (models.index(key[0]), precisions.index(key[1])))]
+    known = product(model_names(), PRECISIONS, QUANTIZER_NAMES)
+    return [rows[key] for key in known if key in rows]
 
 
 def read_rows(path: Path) -> dict[Key, Row]:
@@ -217,11 +218,12 @@ def job_of(model: str) -> tuple[Job, list[Batch]]:
 
 def quantizers(target: HtpTarget) -> dict[str, Quantizer]:
     """The ways to a quantized file, by name."""
-    return {
-        "fraqat": partial(quantize_here, target=target),
-        "ort": partial(quantize_there, per_channel=False),
-        "ort-per-channel": partial(quantize_there, per_channel=True),
-    }
+    ways = (
+        partial(quantize_here, target=target),
+        partial(quantize_there, per_channel=False),
+        partial(quantize_there, per_channel=True),
+    )
+    return dict(zip(QUANTIZER_NAMES, ways, strict=True))
 
 
 def quantize_here(task: Task, folder: Path, target: HtpTarget) -> Path:
@@ -358,7 +360,8 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     head = ["model", "precision", "nodes on the CPU", "cosine with float", "slope", "steps from its own file"]
     lines = [head, ["---"] * len(head)]
     for which, group in groupby(rows, lambda row: key(row)[:2]):
-        files = [cells(row) or ["fails"] * (len(head) - 2) for row in group]
+        made = {row.quantizer: cells(row) or ["fails"] * (len(head) - 2) for row in group}
+        files = [made.get(name, ["-"] * (len(head) - 2)) for name in QUANTIZER_NAMES]
         lines.append([*which, *(" · ".join(beside) for beside in zip(*files, strict=True))])
     return [f"| {' | '.join(line)} |" for line in lines]
 
