@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -115,7 +114,7 @@ def compensate(
 
 def compensated_layers(graph: GraphModule) -> list[Layer]:
     """The linears that `compensate` takes, in the order of the graph: those whose weight no other op reads."""
-    reads = Counter(str(node.target) for node in graph.graph.nodes if node.op == "get_attr" for _ in node.users)
+    reads = fx_graph.readers(graph)
     layers = (_layer_of(graph, node) for node in graph.graph.nodes if op_name(node) == "aten.linear")
     return [layer for layer in layers if layer is not None and reads[layer.weight] == 1]
 

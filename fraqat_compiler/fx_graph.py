@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -102,3 +103,8 @@ def finish(graph_module: GraphModule) -> None:
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.recompile()
+
+
+def readers(model: GraphModule) -> Counter[str]:
+    """How many ops read each tensor that the graph owns."""
+    return Counter(str(node.target) for node in model.graph.nodes if node.op == "get_attr" for _ in node.users)

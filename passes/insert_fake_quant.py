@@ -82,7 +82,7 @@ class _Insertion:
     def __post_init__(self) -> None:
         self.weights = Widths.parse(self.options.weights)
         self.activations = Widths.parse(self.options.activations)
-        self.readers = _readers(self.model)
+        self.readers = fx_graph.readers(self.model)
         self.skip = [pattern for pattern in self.options.skip.replace(" ", "").split(",") if pattern]
         modules = {module_path(node) for node in self.model.graph.nodes} - {""}
         modules |= {name for name, _ in self.model.named_modules() if name}
@@ -395,11 +395,6 @@ class _Insertion:
 def _weighted(node: Node) -> WeightedOp | None:
     """Where an op has its weight and bias; None for ops without."""
     return WEIGHTED_OPS.get(op_name(node)) or NORM_OPS.get(op_name(node))
-
-
-def _readers(model: GraphModule) -> Counter[str]:
-    """How many ops read each tensor that the graph owns."""
-    return Counter(str(node.target) for node in model.graph.nodes if node.op == "get_attr" for _ in node.users)
 
 
 def _is_factor(node: Node) -> bool:

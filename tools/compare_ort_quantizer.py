@@ -127,6 +127,8 @@ def main() -> int:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     rows = read_rows(options.json) if options.json else {}
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     for row in measure(options.models, options.precisions, HtpTarget(soc=options.soc), set(rows)):
         print(line(row), file=sys.stderr, flush=True)
         rows[key(row)] = row
