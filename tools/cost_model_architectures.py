@@ -130,31 +130,51 @@ def convnext_tiny() -> Built:
     return Outputs(transformers.ConvNextForImageClassification(config), "pixel_values"), (torch.zeros(1, 3, 224, 224),)
 
 
-def masked_language_model(model: nn.Module) -> Built:
-    """With its head, on 384 tokens."""
+class MaskedToken(nn.Module):
+    """The likeliest token at one position of 384, as the measured models return it.
+
+    They take the position from the logits of all. The converters of QNN and TFLite take it before a head that is a
+    plain linear layer, which then has one row to do; ONNX Runtime leaves it where it is.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Module, select_first: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.select_first = body, head, select_first
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position: Tensor) -> Tensor:
+        hidden = self.body(input_ids, attention_mask=attention_mask, return_dict=False)[0]
+        batch = torch.arange(1)
+        logits = self.head(hidden[batch, position]) if self.select_first else self.head(hidden)[batch, position]
+        return logits.argmax(-1)  # type: ignore[no-any-return]
+
+
+def masked_token(body: nn.Module, head: nn.Module, select_first: bool = False) -> Built:
+    """With the inputs of the measured models."""
     tokens = torch.zeros(1, 384, dtype=torch.int64)
-    return Outputs(model, "input_ids attention_mask"), (tokens, torch.ones(1, 1, 384, 384))
+    inputs = tokens, torch.ones(1, 1, 384, 384), torch.zeros(1, dtype=torch.int64)
+    return MaskedToken(body, head, select_first), inputs
 
 
-def bert() -> Built:
+def bert(select_first: bool) -> Built:
     """BERT base, Devlin et al. 2018."""
-    return masked_language_model(transformers.BertForMaskedLM(configs.BertConfig(attn_implementation="eager")))
+    model = transformers.BertForMaskedLM(configs.BertConfig(attn_implementation="eager"))
+    return masked_token(model.bert, model.cls, select_first)
 
 
-def albert() -> Built:
+def albert(select_first: bool) -> Built:
     """ALBERT base v2, Lan et al. 2019."""
     config = configs.AlbertConfig(
         attn_implementation="eager", hidden_size=768, num_attention_heads=12, intermediate_size=3072,
         hidden_act="gelu",  # converters make one op of its tanh form, as the number of layers on the device shows
     )  # fmt: skip
-    return masked_language_model(transformers.AlbertForMaskedLM(config))
+    model = transformers.AlbertForMaskedLM(config)
+    return masked_token(model.albert, model.predictions, select_first)
 
 
 def mobile_bert() -> Built:
     """MobileBERT, Sun et al. 2020."""
-    return masked_language_model(
-        transformers.MobileBertForMaskedLM(configs.MobileBertConfig(attn_implementation="eager"))
-    )
+    model = transformers.MobileBertForMaskedLM(configs.MobileBertConfig(attn_implementation="eager"))
+    return masked_token(model.mobilebert, model.cls)
 
 
 def segformer() -> Built:
@@ -327,8 +347,10 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "unet_segmentation": unet_segmentation,
     "vit": vit,
     "convnext_tiny": convnext_tiny,
-    "bert_base_uncased_hf": bert,
-    "albert_base_v2_hf": albert,
+    "bert_base_uncased_hf": lambda: bert(select_first=True),
+    "bert_base_uncased_hf/onnx": lambda: bert(select_first=False),
+    "albert_base_v2_hf": lambda: albert(select_first=True),
+    "albert_base_v2_hf/onnx": lambda: albert(select_first=False),
     "mobile_bert_uncased_google": mobile_bert,
     "segformer_base": segformer,
     "whisper_tiny": lambda: whisper(384, 4, 6),

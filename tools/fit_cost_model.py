@@ -197,7 +197,13 @@ def amounts(model: str, weight_bits: int, activation_bits: int, quantized: bool)
 
 
 def _amounts_of(row: Row) -> Amounts:
-    return amounts(row.model, *BITS[row.precision], row.precision != "float")
+    return amounts(_graph_of(row), *BITS[row.precision], row.precision != "float")
+
+
+def _graph_of(row: Row) -> str:
+    """Name in the table of ops: the model's, or that of what one runtime makes of it."""
+    own = f"{row.model}/{row.runtime}"
+    return own if own in _counts() else row.model
 
 
 def unscaled(rows: Sequence[Row]) -> set[Row]:
@@ -353,7 +359,7 @@ def unmeasured_table(point: Vector, rows: Sequence[Row]) -> Table:
     """Estimates, on the base SoC, of the architectures that no row measures."""
     widths = ((4, 8), (8, 8), (4, 16), (8, 16))
     table = Table("model", *(f"w{weight}a{activation}" for weight, activation in widths))
-    for model in sorted(set(_counts()) - {row.model for row in rows}):
+    for model in sorted(set(_counts()) - {row.model for row in rows} - {_graph_of(row) for row in rows}):
         times = (latency_ms(amounts(model, *pair, True), rates_of(point, BASE)) for pair in widths)
         table.add_row(model, *(f"{time:.1f} ms" for time in times))
     return table

@@ -29,6 +29,7 @@ _VIEWS = frozenset(
     "Reshape Flatten Squeeze Unsqueeze Identity Dropout Cast CastLike SequenceConstruct SequenceAt".split()
 )
 _PRODUCTS = frozenset("Conv ConvTranspose Gemm MatMul".split())
+_GATHERS = frozenset("Gather GatherElements GatherND".split())
 _LIMITS = frozenset("Relu Clip".split())  # done by the op before while it rounds its output
 _TO_IMAGE_LAYOUT = ([0, 2, 3, 1], [0, 3, 1, 2])
 _KINDS: dict[str, Kind] = {
@@ -55,7 +56,7 @@ class OpCount:
         op: ONNX op type.
         kind: which unit of the HTP does it, and how: `conv` (also a matrix product with constant weights) and `matmul`
             (of two activations) on the matrix unit, the others on the vector unit; `rows` is a transpose that keeps
-            the last axis, as that of heads of attention.
+            the last axis, as that of heads of attention; a gather by computed indices is a `transpose` of its table.
         macs: multiply-accumulates.
         tiled_macs: the same with channels rounded up to whole tiles of the matrix unit.
         read: elements of activations read.
@@ -189,7 +190,7 @@ class _Graph:
             macs=macs,
             tiled_macs=tiled,
             read=sum(map(self._elements, activations)),
-            written=sum(map(self._elements, filter(None, node.output))),
+            written=self._written(node),
             weights=self._elements(weight) if weight else 0,
             matrices=math.prod(self._shape(node.output[0])[:-2]) if self._kind(node) in ("matmul", "softmax") else 1,
             activation_bits=activation_bits,
@@ -197,7 +198,17 @@ class _Graph:
             quantized=quantized,
         )
 
+    def _written(self, node: NodeProto) -> int:
+        made = [node.input[0]] if self._relays_table(node) else filter(None, node.output)
+        return sum(map(self._elements, made))
+
+    def _relays_table(self, node: NodeProto) -> bool:
+        """A gather by computed indices, for which a table of activations, kept in tiles, is first laid out in rows."""
+        return node.op_type in _GATHERS and self._constants.isdisjoint(node.input[:2])
+
     def _kind(self, node: NodeProto) -> Kind:
+        if self._relays_table(node):
+            return "transpose"
         if node.op_type == "Transpose" and self._keeps_rows(node):
             return "rows"
         if node.op_type not in _PRODUCTS:
