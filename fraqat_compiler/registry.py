@@ -38,6 +38,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "decompose-group-norm": "fraqat_compiler.passes.decompose_group_norm:DecomposeGroupNorm",
         "decompose-activations": "fraqat_compiler.passes.decompose_activations:DecomposeActivations",
         "decompose-pad": "fraqat_compiler.passes.decompose_pad:DecomposePad",
+        "expand-outer-products": "fraqat_compiler.passes.expand_outer_products:ExpandOuterProducts",
         "mask-triangles": "fraqat_compiler.passes.mask_triangles:MaskTriangles",
         "convolve-average-pools": "fraqat_compiler.passes.convolve_average_pools:ConvolveAveragePools",
         "scatter-rows": "fraqat_compiler.passes.scatter_rows:ScatterRows",

@@ -103,7 +103,7 @@ class HtpTarget(Target):
         """Shapes are simplified last: what the passes before them write out has some too."""
         fusions = "divide-by-roots,fuse-rms-norm,fuse-gelu,rotate-pairs"
         text = super().prepare_pipeline().replace("decompose-attention", f"{fusions},decompose-attention")
-        legalize = "decompose-pad,mask-triangles,convolve-average-pools,scatter-rows,weigh-norms"
+        legalize = "decompose-pad,expand-outer-products,mask-triangles,convolve-average-pools,scatter-rows,weigh-norms"
         return f"{text},{legalize},reduce-rank,simplify-shapes"
 
     def lower_pipeline(self) -> str:
