@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 
 import pytest
 import torch
+from torch.onnx._internal.exporter import _registration as exporter_registration
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -13,6 +15,13 @@ def _ctrl_c_is_heard() -> None:
     """Shells let background jobs ignore Ctrl-C; tests that press it would wait for ever."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _known_torchlib() -> None:
+    """Each export parses the sources of 500 functions again, always the same; the suite makes hundreds of exports."""
+    apis = exporter_registration.onnxscript_apis
+    apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from fraqat_compiler.errors import TargetError
 
-WORKER_MODULE = "fraqat_compiler.targets.htp.worker"
+WORKER = Path(__file__).with_name("worker.py")
 NO_FALLBACK = {"session.disable_cpu_ep_fallback": "1"}
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 QUIET = 3
@@ -40,7 +40,8 @@ class QnnProcess:
         command_read, command_write = os.pipe()
         answer_read, answer_write = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", WORKER_MODULE, str(command_read), str(answer_write)],
+            # by its path, for importing it would import the whole package, and torch, before it
+            [sys.executable, "-P", str(WORKER), str(command_read), str(answer_write)],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,

@@ -1,4 +1,4 @@
-"""The process in which QNN runs: `python -m fraqat_compiler.targets.htp.worker READ_FD WRITE_FD`.
+"""The process in which QNN runs: `python -P worker.py READ_FD WRITE_FD`.
 
 The library prints to stdout, and may crash on a graph that it does not like: in a process of its own it does neither
 to us. Commands and answers are pairs over two pipes; the process's stdout and stderr go to a log file.
