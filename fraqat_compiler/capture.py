@@ -37,10 +37,11 @@ _UNROLLED = (
     torch.ops.aten.rnn_tanh.input,
     torch.ops.aten.rnn_relu.input,
 )
-# One time step of the same, and sums over named dimensions, which become permutes and matmuls; torch.export's table
-# knows how.
+# One time step of the same, sums over named dimensions, which become permutes and matmuls, and Kronecker products,
+# which become outer ones; torch.export's table knows how.
 _COMPOSITES = (
     torch.ops.aten.einsum.default,
+    torch.ops.aten.kron.default,
     torch.ops.aten.lstm_cell.default,
     torch.ops.aten.gru_cell.default,
     torch.ops.aten.rnn_tanh_cell.default,

@@ -41,6 +41,8 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "expand-outer-products": "fraqat_compiler.passes.expand_outer_products:ExpandOuterProducts",
         "mask-triangles": "fraqat_compiler.passes.mask_triangles:MaskTriangles",
         "convolve-average-pools": "fraqat_compiler.passes.convolve_average_pools:ConvolveAveragePools",
+        "transpose-cumsums": "fraqat_compiler.passes.transpose_cumsums:TransposeCumsums",
+        "resample-by-matrices": "fraqat_compiler.passes.resample_by_matrices:ResampleByMatrices",
         "scatter-rows": "fraqat_compiler.passes.scatter_rows:ScatterRows",
         "weigh-norms": "fraqat_compiler.passes.weigh_norms:WeighNorms",
         "clip-masks": "fraqat_compiler.passes.clip_masks:ClipMasks",

@@ -167,7 +167,8 @@ _RULES = (
     _Rule(
         _narrow_cumsum,
         "CumSum at 8 bits is garbage where the zero point is not 0, except along the last dimension",
-        "Transpose so that it runs along the last dimension, or give it 16-bit activations: --activations 8,NAME=16.",
+        "Transpose so that it runs along the last dimension (pass transpose-cumsums), or give it 16-bit activations: "
+        "--activations 8,NAME=16.",
     ),
     _Rule(
         _int4_without_zero_point,

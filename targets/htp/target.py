@@ -44,6 +44,15 @@ LOG_FILE = "htp.log"
 DEFAULT_SOC = "sm8750"
 OLDEST_GLIBC = (2, 35)
 SIGNED_FACTORS = 73  # the first architecture that multiplies unsigned by signed 16 bits
+LEGALIZE = (  # the graph's ops that the library refuses or computes wrongly, each pass by itself
+    "decompose-pad",
+    "expand-outer-products",
+    "transpose-cumsums",
+    "mask-triangles",
+    "convolve-average-pools",
+    "scatter-rows",
+    "weigh-norms",
+)
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,7 @@ class HtpTarget(Target):
         """Shapes are simplified last: what the passes before them write out has some too."""
         fusions = "divide-by-roots,fuse-rms-norm,fuse-gelu,rotate-pairs"
         text = super().prepare_pipeline().replace("decompose-attention", f"{fusions},decompose-attention")
-        legalize = "decompose-pad,expand-outer-products,mask-triangles,convolve-average-pools,scatter-rows,weigh-norms"
-        return f"{text},{legalize},reduce-rank,simplify-shapes"
+        return ",".join((text, *LEGALIZE, "reduce-rank,simplify-shapes"))
 
     def lower_pipeline(self) -> str:
         """Opset 23 has RMSNormalization; the rest is what the library refuses or computes wrongly, pass by pass."""
