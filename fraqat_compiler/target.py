@@ -37,6 +37,7 @@ class TensorRequest:
         function: that node's own name, as `aten.sigmoid`.
         tied: other ops read the tensor too, as a head that is an embedding's table.
         factor: a product of two activations reads the tensor as its second one, perhaps transposed or reshaped.
+        resampling: the weight is a matrix that pass resample-by-matrices made.
     """
 
     op: str
@@ -49,6 +50,7 @@ class TensorRequest:
     function: str = ""
     tied: bool = False
     factor: bool = False
+    resampling: bool = False
 
 
 @dataclass(frozen=True)

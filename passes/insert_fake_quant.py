@@ -18,6 +18,7 @@ from fraqat_compiler.fake_quant import ActivationFakeQuantize, BiasFakeQuantize,
 from fraqat_compiler.layers import layer_name
 from fraqat_compiler.ops import NORM_OPS, WEIGHTED_OPS, WeightedOp, argument, is_float_tensor, module_path, op_name
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
+from fraqat_compiler.passes.resample_by_matrices import RESAMPLING
 from fraqat_compiler.passes.split_low_rank import BRANCH
 from fraqat_compiler.quant_spec import QuantSpec, RangeMethod, Unquantized
 from fraqat_compiler.target import Role, TensorRequest, default_quant_spec
@@ -247,6 +248,7 @@ class _Insertion:
             function=op_name(node),
             tied=tensor.op == "get_attr" and self.readers[str(tensor.target)] > 1,
             factor=role == "activation" and tensor in self.factors,
+            resampling=tensor.op == "get_attr" and str(tensor.target).endswith(RESAMPLING),
         )
 
     def _weight_quantizer(

@@ -271,6 +271,8 @@ def test_specs_are_what_the_library_takes() -> None:
     assert target.quant_spec(tied) == dataclasses.replace(table, centred_within=128)
     assert target.quant_spec(request("conv", 8, depthwise=True)) == QuantSpec(bit_width=4, axis=0)
     assert target.quant_spec(request("conv", 16, depthwise=True)) == QuantSpec(bit_width=8, axis=0)
+    resampling = dataclasses.replace(request("linear"), resampling=True)
+    assert target.quant_spec(resampling) == QuantSpec(bit_width=8, axis=0)
     for keys, bits in ((10, 8), (11, 16)):
         probabilities = target.quant_spec(TensorRequest("softmax", "activation", (1, 4, keys, keys), 8, 8))
         assert probabilities == QuantSpec(bit_width=bits, symmetric=False, signed=False)
