@@ -18,11 +18,13 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class DecomposePad(FxPass):
-    """Pad with a value other than 0 by concatenating a constant.
+    """Pad by concatenating: a constant for a value other than 0, the opposite ends for circular padding.
 
-    Before: `pad(x [2, 16, 8], (0, 0, 0, 1), value=1)`, with which linear attention sums its weights. After:
-    `cat([x, ones [2, 1, 8]], 1)`: the value has a quantizer. The HTP library pads with something else than the value.
-    Does nothing to padding with 0, which every grid holds, and to the other modes.
+    Before: `pad(x [2, 16, 8], (0, 0, 0, 1), value=1)`, with which linear attention sums its weights, and
+    `pad(x, (1, 1), "circular")`. After: `cat([x, ones [2, 1, 8]], 1)`: the value has a quantizer; and
+    `cat([x[..., -1:], x, x[..., :1]], -1)`. The HTP library pads with something else than the value, and refuses the
+    circular mode. Does nothing to padding with 0, which every grid holds, to the other modes, and to negative amounts,
+    which crop.
     """
 
     name: ClassVar[str] = "decompose-pad"
@@ -30,11 +32,18 @@ class DecomposePad(FxPass):
     def run(self, model: GraphModule, ctx: PassContext) -> PassResult:
         changes = []
         for node in list(model.graph.nodes):
-            if op_name(node) in ("aten.pad", "aten.constant_pad_nd") and is_float_tensor(node) and _value(node):
-                fx_graph.replace(node, _concatenated(model, node))
-                changes.append(f"decomposed {layer_name(node)}")
+            if op_name(node) not in ("aten.pad", "aten.constant_pad_nd") or not is_float_tensor(node):
+                continue
+            if min(argument(node, 1)) < 0 or not (_is_circular(node) or _value(node)):
+                continue
+            fx_graph.replace(node, _concatenated(model, node))
+            changes.append(f"decomposed {layer_name(node)}")
         fx_graph.finish(model)
         return PassResult(model, bool(changes), tuple(changes))
+
+
+def _is_circular(node: Node) -> bool:
+    return op_name(node) == "aten.pad" and argument(node, 2) == "circular"
 
 
 def _value(node: Node) -> float:
@@ -44,17 +53,28 @@ def _value(node: Node) -> float:
 
 
 def _concatenated(model: GraphModule, node: Node) -> Node:
-    """One concatenation for each side that is padded; the amounts begin with the last dimension."""
-    result, amounts = node.args[0], list(argument(node, 1))
+    result = node.args[0]
     assert isinstance(result, Node)
-    for index, (before, after) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):
-        dimension = result.meta["val"].ndim - 1 - index
-        for amount, is_first in ((before, True), (after, False)):
-            if amount > 0:
-                fill = _fill(model, node, result, dimension, amount)
-                parts = [fill, result] if is_first else [result, fill]
-                result = fx_graph.call(node, _aten.cat.default, (parts, dimension))
+    for dimension, before, after in _padded(node):
+        first = [_edge(model, node, result, dimension, before, is_first=True)] if before else []
+        last = [_edge(model, node, result, dimension, after, is_first=False)] if after else []
+        result = fx_graph.call(node, _aten.cat.default, ([*first, result, *last], dimension))
     return result
+
+
+def _padded(node: Node) -> list[tuple[int, int, int]]:
+    """Each dimension that grows, with the amounts before and after; the op's list begins with the last dimension."""
+    rank, amounts = node.meta["val"].ndim, list(argument(node, 1))
+    pairs = enumerate(zip(amounts[::2], amounts[1::2], strict=True), start=1)
+    return [(rank - place, before, after) for place, (before, after) in pairs if before or after]
+
+
+def _edge(model: GraphModule, node: Node, padded: Node, dimension: int, amount: int, *, is_first: bool) -> Node:
+    if not _is_circular(node):
+        return _fill(model, node, padded, dimension, amount)
+    size = padded.meta["val"].shape[dimension]
+    start, end = (size - amount, size) if is_first else (0, amount)
+    return fx_graph.call(node, _aten.slice.Tensor, (padded, dimension, start, end))
 
 
 def _fill(model: GraphModule, node: Node, like: Node, dimension: int, amount: int) -> Node:

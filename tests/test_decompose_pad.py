@@ -34,15 +34,38 @@ def test_a_value_becomes_a_constant(amounts: tuple[int, ...]) -> None:
     assert torch.equal(graph(x), model(x))
 
 
-@pytest.mark.parametrize("model", [Pad((1, 1)), Pad((1, 1), "reflect"), nn.ReLU()])
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("amounts", [(1, 2), (4, 0), (1, 0, 2, 3), (0, 0, 0, 3), (4, 4, 3, 3, 1, 2), (0, 0)])
+def test_circular_padding_becomes_slices(amounts: tuple[int, ...], rank: int) -> None:
+    """Torch pads all dimensions but one or two."""
+    x, model = torch.randn((2, 3, 2, 3, 4)[-len(amounts) // 2 - rank :]), Pad(amounts, "circular")
+    graph = capture(model, (x,))
+    assert DecomposePad().run(graph, PassContext()).modified
+    assert {op_name(node) for node in graph.graph.nodes if node.op == "call_function"} <= {"aten.cat", "aten.slice"}
+    assert torch.equal(graph(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Pad((1, 1)), Pad((1, 1), "reflect"), Pad((-1, 1), value=1.0), Pad((-1, 1), "circular"), nn.ReLU()],
+)
 def test_others_are_left_alone(model: nn.Module) -> None:
     assert not DecomposePad().run(capture(model, (torch.randn(2, 3, 4),)), PassContext()).modified
 
 
 @pytest.mark.parametrize("activations", [8, 16])
-def test_the_library_computes_it(activations: int, tmp_path: Path) -> None:
+def test_the_library_computes_a_value(activations: int, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_qnn")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), Pad((0, 0, 0, 1), value=1.0), nn.Linear(16, 16))
     distance = htp_parity(model, torch.randn(2, 8, 16), activations, tmp_path)
+    assert distance.max_lsb is not None and distance.max_lsb < 4
+
+
+@pytest.mark.parametrize("activations", [8, 16])
+def test_the_library_computes_circular_padding(activations: int, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_qnn")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), nn.CircularPad2d((1, 2, 0, 3)))
+    distance = htp_parity(model, torch.randn(2, 4, 6, 8), activations, tmp_path)
     assert distance.max_lsb is not None and distance.max_lsb < 4
