@@ -41,6 +41,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "expand-outer-products": "fraqat_compiler.passes.expand_outer_products:ExpandOuterProducts",
         "mask-triangles": "fraqat_compiler.passes.mask_triangles:MaskTriangles",
         "convolve-average-pools": "fraqat_compiler.passes.convolve_average_pools:ConvolveAveragePools",
+        "convolve-unfolds": "fraqat_compiler.passes.convolve_unfolds:ConvolveUnfolds",
         "resample-by-matrices": "fraqat_compiler.passes.resample_by_matrices:ResampleByMatrices",
         "transpose-cumsums": "fraqat_compiler.passes.transpose_cumsums:TransposeCumsums",
         "scatter-rows": "fraqat_compiler.passes.scatter_rows:ScatterRows",

@@ -50,6 +50,7 @@ LEGALIZE = (  # the graph's ops that the library refuses or computes wrongly, ea
     "transpose-cumsums",
     "mask-triangles",
     "convolve-average-pools",
+    "convolve-unfolds",
     "resample-by-matrices",
     "scatter-rows",
     "weigh-norms",
