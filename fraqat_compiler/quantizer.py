@@ -19,7 +19,8 @@ from torch import Tensor
 from fraqat_compiler.errors import QuantizationError
 from fraqat_compiler.quant_spec import QuantSpec, code_range
 
-# Below this a scale is noise of empty rows; 1.0 keeps codes 0 and files free of denormal scales.
+# Below this a scale is noise of empty rows. They take the grid of a range of 1: codes of 0, files without denormal
+# scales, and steps near those of other tensors, for hardware cannot add what differs by a factor of 65,535.
 SMALLEST_SCALE = 1e-20
 # Float32 holds integer codes exactly up to 24 bits; wider codes are computed in float64.
 EXACT_FLOAT32_BITS = 24
@@ -79,17 +80,19 @@ def reduced_magnitude(tensor: Tensor, axis: int | None, group_size: int | None) 
     return tensor.abs().amax(others)
 
 
-def _usable(scale: Tensor) -> Tensor:
-    return scale.masked_fill(scale < SMALLEST_SCALE, 1.0)
+def _usable(scale: Tensor, steps: float = 1.0) -> Tensor:
+    """The scale, or that of a range of 1 in so many steps where nothing was there."""
+    return scale.masked_fill(scale < SMALLEST_SCALE, 1 / steps)
 
 
 def symmetric_scale(magnitude: Tensor, bit_width: float, least: Tensor | None = None) -> Tensor:
     """S = max|W| / (2^(b-1) - 1), Eq. 1 of FraQAT (arXiv 2510.14823), b real, and no less than `least`.
 
-    An all-zero row gets `least`, or scale 1 where that is 0.
+    An all-zero row gets `least`, or the scale of a magnitude of 1 where that is 0.
     """
-    scale = magnitude / (2.0 ** (bit_width - 1) - 1)
-    return _usable(scale if least is None else torch.maximum(scale, least))
+    steps = 2.0 ** (bit_width - 1) - 1
+    scale = magnitude / steps
+    return _usable(scale if least is None else torch.maximum(scale, least), steps)
 
 
 def asymmetric_parameters(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -102,7 +105,8 @@ def asymmetric_parameters(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[T
         scale, and zero_point as int32, both shaped like `low`.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = _usable((high - low) / (spec.quant_max - spec.quant_min))
+    steps = spec.quant_max - spec.quant_min
+    scale = _usable((high - low) / steps, steps)
     zero_point = (spec.quant_min - torch.round(low / scale)).clamp(spec.quant_min, spec.quant_max)
     middle = (spec.quant_max + 1) // 2
     centred = _usable(torch.maximum(-low / middle, high / (spec.quant_max - middle)))

@@ -176,5 +176,12 @@ def test_bias_is_rounded_to_the_product_of_the_scales() -> None:
     assert float(rounded[2]) == pytest.approx(2**31 * float(step[2]), rel=1e-6)  # saturates as int32 does
 
 
-def test_scale_of_an_empty_row_is_one() -> None:
-    assert symmetric_scale(torch.tensor([0.0, 7.0]), 4).tolist() == [1.0, 1.0]
+def test_an_empty_row_has_the_scale_of_a_magnitude_of_one() -> None:
+    assert symmetric_scale(torch.tensor([0.0, 7.0]), 4).tolist() == pytest.approx([1 / 7, 1.0])
+
+
+def test_an_empty_range_has_the_grid_of_zero_to_one() -> None:
+    scale, zero_point = asymmetric_parameters(
+        torch.zeros(()), torch.zeros(()), QuantSpec(16, symmetric=False, signed=False)
+    )
+    assert (scale.item(), zero_point.item()) == (pytest.approx(1 / 65535), 0)
