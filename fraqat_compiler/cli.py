@@ -283,12 +283,14 @@ def verify_output(
     """Verify a compile's files, and that they still compute what its report says; status 1 when they do not."""
     from fraqat_compiler import terminal
     from fraqat_compiler.progress import RichProgress
-    from fraqat_compiler.replay import layers_of_target, verify_folder
+    from fraqat_compiler.replay import layers_of_target, taken_together, verify_folder
 
     progress = RichProgress()
     found = verify_folder(folder, on_target=on_target, progress=progress)
+    compared = layers_of_target(folder, progress) if layers else []
+    found += taken_together(folder, compared) if layers else []
     checks = [dataclasses.asdict(check) for check in found]
-    ops = [layer.to_json() for layer in layers_of_target(folder, progress)] if layers else []
+    ops = [layer.to_json() for layer in compared]
 
     def show(console: Any) -> None:
         terminal.show_checks(console, checks)

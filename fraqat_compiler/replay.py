@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from fraqat_compiler import layerwise, onnx_io, parity
 from fraqat_compiler.errors import FraqatError, TargetError, VerificationError
-from fraqat_compiler.layerwise import LayerDistance
+from fraqat_compiler.layerwise import LEAST_COSINE, LayerDistance
 from fraqat_compiler.manifest import changed_files
 from fraqat_compiler.output_folder import REMOTE_JOBS
 from fraqat_compiler.parity import LSB_TOLERANCE, Parity, Runner
@@ -83,6 +83,28 @@ def layers_of_target(folder: Path, progress: Progress | None = None) -> list[Lay
     target = _opened(folder, report, progress)
     with progress.phase("compare layers"):
         return layerwise.compare_target(folder / report["onnx"]["path"], target, reference(folder)[0])
+
+
+def taken_together(folder: Path, layers: Sequence[LayerDistance]) -> list[Check]:
+    """A check that fails where each op is right by itself and the whole is not; none otherwise.
+
+    Hardware compilers compute several ops as one, and move some past others. An inner tensor that is an output, as in
+    `layers_of_target`, prevents that.
+
+    Args:
+        folder: output folder of a compile.
+        layers: its ops on the target.
+
+    Raises:
+        VerificationError: the folder holds no finished compile.
+    """
+    whole = read_report(folder)["parity"]["target"]
+    cosine = whole and whole["cosine"]
+    if cosine is None or cosine >= LEAST_COSINE or any(layer.is_wrong for layer in layers):
+        return []
+    reason = "each op by itself is right, all of them are not: the target computes some together, wrongly."
+    remedy = "Cut the model in two to find them; docs/htp.md names what is known of HTP."
+    return [Check("ops together", False, f"cosine {cosine:.6f}; {reason} {remedy}")]
 
 
 def profile_folder(folder: Path, progress: Progress | None = None) -> Profile:

@@ -22,7 +22,7 @@ import fraqat_compiler
 from fraqat_compiler import layerwise, lazy_values, onnx_io, parity, terminal
 from fraqat_compiler.fake_quant import ActivationFakeQuantize
 from fraqat_compiler.layerwise import LayerDistance
-from fraqat_compiler.replay import layers_of_target
+from fraqat_compiler.replay import layers_of_target, taken_together
 from fraqat_compiler.target import Arrays, Artifact
 from fraqat_compiler.targets.htp.target import HtpTarget
 from fraqat_compiler.targets.onnxruntime import OnnxRuntimeTarget
@@ -172,6 +172,28 @@ def test_a_flat_softmax_at_8_bits_is_what_the_htp_computes_wrongly(tmp_path: Pat
     assert [layer.op for layer in layers if layer.strays] == ["Softmax"]
 
 
+class Spread(nn.Module):
+    """Each value of transposed heads in a space of its own; the HTP library ruins a result of five dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.each = nn.Linear(32, 32), nn.Linear(1, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.each(self.first(x).reshape(2, 8, 2, 16).transpose(1, 2).unsqueeze(-1))
+
+
+@pytest.mark.skipif(HtpTarget.missing() is not None, reason=str(HtpTarget.missing()))
+def test_ops_that_are_right_alone_and_wrong_together_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    result = fraqat_compiler.compile(Spread(), (torch.randn(2, 8, 32),), output=folder, target="htp", weights="8")
+    assert result.report["parity"]["target"]["cosine"] < 0.5
+    layers = layers_of_target(folder)
+    assert not any(layer.is_wrong for layer in layers)
+    (check,) = taken_together(folder, layers)
+    assert not check.holds and "together" in check.detail
+
+
 def test_a_compile_reports_what_its_distances_are_to_be_held_against(tmp_path: Path) -> None:
     batch = torch.randn(SIZES)
     result = fraqat_compiler.compile(Block(), (batch,), output=tmp_path / "out", weights="8")
@@ -182,6 +204,7 @@ def test_a_compile_reports_what_its_distances_are_to_be_held_against(tmp_path: P
     assert not [warning for warning in result.report["warnings"] if "LSB" in warning]
     layers = layers_of_target(tmp_path / "out")
     assert not any(layer.is_wrong for layer in layers)
+    assert taken_together(tmp_path / "out", layers) == []
     json.dumps([layer.to_json() for layer in layers])
 
 
