@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from math import prod
 from typing import Any, ClassVar
 
@@ -27,10 +26,11 @@ class MergeDimensions(FxPass):
     """Compute tensors of more than `rank` dimensions with those merged that an op treats alike.
 
     Before: `softmax(x [2, 3, 4, 5, 6], -1)`, `linear(x [2, 3, 4, 5, 6])`, `x [2, 3, 4, 5, 6] + y [3, 4, 1, 6]`,
-    `mean(x, (1, 2))`. After: the same of [120, 6], [120, 6], [2, 12, 5, 6] and [2, 12, 30], reshaped back; reshapes
-    that meet become one in `simplify-shapes`. The HTP library refuses some ops of rank 5, and takes a transpose of
-    heads through the ops behind it to where rank 5 begins, wrongly (cosine 0). Does nothing in graphs of
-    three-dimensional convolutions, whose layout it would break up, nor where more than `rank` dimensions are left.
+    `mean(x, (1, 2))`. After: the same of [6, 4, 5, 6], [120, 6], [2, 12, 5, 6] and [2, 12, 5, 6], reshaped back;
+    reshapes that meet become one in `simplify-shapes`. The first dimensions are merged first: the last ones make the
+    layout in memory. The HTP library refuses some ops of rank 5, and takes a transpose of heads through the ops behind
+    it to where rank 5 begins, wrongly (cosine 0). Does nothing in graphs of three-dimensional convolutions, whose
+    layout it would break up, nor where more than `rank` dimensions are left.
     """
 
     name: ClassVar[str] = "merge-dimensions"
@@ -40,7 +40,7 @@ class MergeDimensions(FxPass):
         nodes = list(model.graph.nodes)
         changes = []
         for node in nodes if not any(op_name(node) in _SPATIAL for node in nodes) else []:
-            merged = _merged(node) if _ranks(node) > self.rank else None
+            merged = _merged(node, self.rank) if _ranks(node) > self.rank else None
             if merged is not None and _ranks(merged) <= self.rank:
                 result = fx_graph.call(node, _aten.reshape.default, (merged, list(value_of(node).shape)))
                 changes.append(f"merged dimensions of {layer_name(node)}")
@@ -56,22 +56,22 @@ def _ranks(node: Node) -> int:
     return max(int(value_of(tensor).ndim) for tensor in (node, *node.all_input_nodes) if is_float_tensor(tensor))
 
 
-def _merged(node: Node) -> Node | None:
-    """The op on merged dimensions; None where it is not known how."""
+def _merged(node: Node, rank: int) -> Node | None:
+    """The op on so many dimensions, or more where they cannot be merged; None where it is not known how."""
     kind = op_class(node)
     if op_name(node) in _REDUCTIONS:
-        return _reduction(node)
+        return _reduction(node, rank)
     if kind == "elementwise" or (kind == "activation" and op_name(node) not in _OF_ONE_DIMENSION):
-        return _elementwise(node)
+        return _elementwise(node, rank)
     rewrite = _REWRITES.get(op_name(node))
-    return rewrite(node) if rewrite else None
+    return rewrite(node, rank) if rewrite else None
 
 
-def _elementwise(node: Node) -> Node | None:
+def _elementwise(node: Node, rank: int) -> Node | None:
     """Neighbours become one that each operand repeats alike."""
     shape = list(value_of(node).shape)
     operands = {operand: _aligned(operand, len(shape)) for operand in node.all_input_nodes}
-    runs = _runs(len(shape), lambda dimension: tuple(sizes[dimension] == 1 for sizes in operands.values()))
+    runs = _runs(len(shape), rank, lambda dimension: tuple(sizes[dimension] == 1 for sizes in operands.values()))
     shaped = {operand: _reshaped(node, operand, _sizes(sizes, runs)) for operand, sizes in operands.items()}
     if None in shaped.values():
         return None
@@ -79,29 +79,29 @@ def _elementwise(node: Node) -> Node | None:
     return fx_graph.call(node, node.target, args, dict(node.kwargs))
 
 
-def _softmax(node: Node) -> Node | None:
+def _softmax(node: Node, rank: int) -> Node | None:
     x = node.args[0]
     assert isinstance(x, Node)
     shape = list(value_of(x).shape)
     axis = argument(node, 1) % len(shape)
-    runs = _runs(len(shape), lambda dimension: dimension == axis)
+    runs = _runs(len(shape), rank, lambda dimension: dimension == axis)
     shaped = _reshaped(node, x, _sizes(shape, runs))
     return fx_graph.call(node, node.target, (shaped, runs.index([axis]), *node.args[2:]), dict(node.kwargs))
 
 
-def _reduction(node: Node) -> Node | None:
+def _reduction(node: Node, rank: int) -> Node | None:
     x, axes = node.args[0], argument(node, 1)
     assert isinstance(x, Node)
     shape = list(value_of(x).shape)
     given = [axes] if isinstance(axes, int) else axes or range(len(shape))
     reduced = {axis % len(shape) for axis in given}
-    runs = _runs(len(shape), lambda dimension: dimension in reduced)
+    runs = _runs(len(shape), rank, lambda dimension: dimension in reduced)
     places = [place for place, run in enumerate(runs) if run[0] in reduced]
     shaped = _reshaped(node, x, _sizes(shape, runs))
     return fx_graph.call(node, _OVER_DIMENSIONS.get(op_name(node), node.target), (shaped, places))
 
 
-def _rows(node: Node) -> Node | None:
+def _rows(node: Node, rank: int) -> Node | None:
     """All dimensions but those that a linear layer or a norm works along become one."""
     x = node.args[0]
     assert isinstance(x, Node)
@@ -111,7 +111,7 @@ def _rows(node: Node) -> Node | None:
     return fx_graph.call(node, node.target, (shaped, *node.args[1:]), dict(node.kwargs))
 
 
-def _matmul(node: Node) -> Node | None:
+def _matmul(node: Node, rank: int) -> Node | None:
     """Of as many matrices on both sides."""
     shapes = [list(value_of(operand).shape) for operand in node.args if isinstance(operand, Node)]
     if len(shapes) != 2 or shapes[0][:-2] != shapes[1][:-2]:
@@ -124,9 +124,16 @@ def _matmul(node: Node) -> Node | None:
     return None if None in factors else fx_graph.call(node, node.target, tuple(factors))
 
 
-def _runs(rank: int, key: Callable[[int], Hashable]) -> list[list[int]]:
-    """Neighbouring dimensions of one key."""
-    return [list(run) for _, run in groupby(range(rank), key)]
+def _runs(dimensions: int, most: int, key: Callable[[int], Hashable]) -> list[list[int]]:
+    """Dimensions in order, with neighbours of one key together, from the first on, until there are `most`."""
+    runs = [[dimension] for dimension in range(dimensions)]
+    place = 0
+    while len(runs) > most and place + 1 < len(runs):
+        if key(runs[place][0]) == key(runs[place + 1][0]):
+            runs[place] += runs.pop(place + 1)
+        else:
+            place += 1
+    return runs
 
 
 def _sizes(shape: Sequence[int], runs: Sequence[Sequence[int]]) -> list[int]:
@@ -152,7 +159,7 @@ def _without_leading_ones(shape: list[int]) -> list[int]:
 
 
 _OVER_DIMENSIONS: dict[str, Any] = {"aten.mean": _aten.mean.dim, "aten.sum": _aten.sum.dim_IntList}
-_REWRITES: dict[str, Callable[[Node], Node | None]] = {
+_REWRITES: dict[str, Callable[[Node, int], Node | None]] = {
     "aten.softmax": _softmax,
     "aten._softmax": _softmax,
     "aten.matmul": _matmul,
