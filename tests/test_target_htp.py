@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import platform
@@ -15,20 +14,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from lowering import htp_parity
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import fraqat_compiler
 from fraqat_compiler import parity
-from fraqat_compiler.errors import OutputError, TargetError, UsageError
-from fraqat_compiler.quant_spec import QuantSpec
+from fraqat_compiler.errors import OutputError, TargetError
 from fraqat_compiler.registry import parse_target
-from fraqat_compiler.target import Arrays, Artifact, Finding, TensorRequest
+from fraqat_compiler.target import Arrays, Artifact, Finding
 from fraqat_compiler.targets.htp import HtpTarget
 from fraqat_compiler.targets.htp.context_binary import read_binary
 from fraqat_compiler.targets.htp.log_messages import DEFAULT_REMEDY, explain, remedy_for
-from fraqat_compiler.targets.htp.socs import find_soc, known_socs
 
 pytestmark = pytest.mark.skipif(HtpTarget.missing() is not None, reason=str(HtpTarget.missing()))
 
@@ -137,81 +133,7 @@ def by_node(findings: Sequence[Finding]) -> dict[str, Finding]:
     return {finding.node: finding for finding in findings}
 
 
-# SoCs
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["sm8750", "SM8750", "Snapdragon 8 Elite", "snapdragon 8 elite mobile", "Galaxy S25 Ultra", "samsung galaxy s25+"],
-)
-def test_a_soc_has_many_names(name: str) -> None:
-    assert (find_soc(name).part, find_soc(name).soc_model, find_soc(name).htp_arch) == ("SM8750", 69, 79)
-
-
-def test_the_table_is_whole() -> None:
-    socs = known_socs()
-    assert len(socs) > 50
-    assert len({soc.part for soc in socs}) == len({soc.soc_model for soc in socs}) == len(socs)
-    assert all(soc.part and 68 <= soc.htp_arch <= 99 and soc.vtcm_mb > 0 for soc in socs)
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"), [("sm8751", "SM8750"), ("galaxy s25 utra", r"galaxy s25 ultra \(SM8750\)"), ("?", "full name")]
-)
-def test_an_unknown_soc_is_told_its_neighbours(name: str, hint: str) -> None:
-    with pytest.raises(UsageError, match=hint):
-        HtpTarget(soc=name)
-
-
-@pytest.fixture
-def own_socs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "socs.csv"
-    monkeypatch.setenv("FRAQAT_SOCS", str(path))
-    return path
-
-
-def test_a_file_of_the_user_adds_socs_and_phones(own_socs: Path) -> None:
-    header = "part,marketing_name,soc_model,htp_arch,vtcm_mb,devices\n"
-    own_socs.write_text(f"{header}sm9999,Snapdragon 9,120,85,16,Pocket One\nsm8750,,,,4,Pocket Two | Pocket 2\n")
-    new, changed = find_soc("pocket one"), find_soc("Pocket Two")
-    assert (new.part, new.soc_model, new.htp_arch, new.vtcm_mb) == ("SM9999", 120, 85, 16)
-    assert (changed.part, changed.soc_model, changed.htp_arch, changed.vtcm_mb) == ("SM8750", 69, 79, 4)
-    assert find_soc("Galaxy S25 Ultra") == changed
-    with pytest.raises(UsageError, match="4 MiB"):
-        HtpTarget(soc="pocket 2", vtcm_mb=8)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot be read"),
-        ("part,arch\nsm9999,85\n", "wrong columns: arch"),
-        ("", "no part"),
-        ("part,htp_arch\nsm9999,85\n", "SM9999 .* lacks numbers"),
-        ("part,htp_arch\nsm8750,v79\n", "SM8750 .* lacks numbers"),
-    ],
-)
-def test_a_wrong_file_of_the_user_is_told(own_socs: Path, content: str | None, message: str) -> None:
-    if content is not None:
-        own_socs.write_text(content)
-    with pytest.raises(UsageError, match=message):
-        HtpTarget()
-
-
-def test_soc_and_device_are_one_option() -> None:
-    assert parse_target('htp{device="Galaxy S25 Ultra"}').chip == HtpTarget().chip  # type: ignore[attr-defined]
-    with pytest.raises(UsageError, match=r"soc=sm8650 and device=Galaxy S25 Ultra are both given"):
-        HtpTarget(soc="sm8650", device="Galaxy S25 Ultra")
-    with pytest.raises(UsageError, match=r"soc=sm8750 and device=Galaxy S24 are both given"):
-        HtpTarget(soc="sm8750", device="Galaxy S24")
-    with pytest.raises(UsageError, match="SM8750"):
-        HtpTarget(device="galaxy s25 utra")
-
-
-@pytest.mark.parametrize("megabytes", [-1, 9])
-def test_vtcm_must_be_there(megabytes: int) -> None:
-    with pytest.raises(UsageError, match="8 MiB"):
-        HtpTarget(vtcm_mb=megabytes)
+# The binary
 
 
 @pytest.mark.parametrize(
@@ -253,78 +175,6 @@ def test_what_is_no_binary_is_refused(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(TargetError, match=r"some\.bin"):
         read_binary(path)
-
-
-# Precision
-
-
-def request(op: str, activation_bits: float = 8, *, depthwise: bool = False) -> TensorRequest:
-    return TensorRequest(op, "weight", (32, 16), 4, activation_bits, channel_axis=0, depthwise=depthwise)
-
-
-def test_specs_are_what_the_library_takes() -> None:
-    target = HtpTarget()
-    assert target.quant_spec(request("linear", 16)) == QuantSpec(bit_width=4, axis=0)
-    table = QuantSpec(bit_width=8, symmetric=False, signed=False)
-    assert target.quant_spec(request("embedding")) == table
-    tied = dataclasses.replace(request("embedding"), tied=True)
-    assert target.quant_spec(tied) == dataclasses.replace(table, centred_within=128)
-    assert target.quant_spec(request("conv", 8, depthwise=True)) == QuantSpec(bit_width=4, axis=0)
-    assert target.quant_spec(request("conv", 16, depthwise=True)) == QuantSpec(bit_width=8, axis=0)
-    resampling = dataclasses.replace(request("linear"), resampling=True)
-    assert target.quant_spec(resampling) == QuantSpec(bit_width=8, axis=0)
-    for keys, bits in ((10, 8), (11, 16)):
-        probabilities = target.quant_spec(TensorRequest("softmax", "activation", (1, 4, keys, keys), 8, 8))
-        assert probabilities == QuantSpec(bit_width=bits, symmetric=False, signed=False)
-    sigmoid = TensorRequest("activation", "activation", (1, 4), 16, 16, function="aten.sigmoid")
-    assert target.quant_spec(sigmoid).range_max == 65535 / 65536
-    keys = TensorRequest("linear", "activation", (1, 4, 16), 8, 8, factor=True)
-    assert target.quant_spec(keys) == QuantSpec(bit_width=8, symmetric=False, signed=False, centred_within=16)
-    assert target.quant_spec(dataclasses.replace(keys, bit_width=16)).centred_within is None
-    gamma = target.quant_spec(TensorRequest("norm", "norm_weight", (16,), 16, 16))
-    assert gamma == QuantSpec(bit_width=8, symmetric=False, signed=False)
-
-
-class TiedHead(torch.nn.Module):
-    """Token ids (N, L) to scores of the same table, whose largest weight is positive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = torch.nn.Embedding(64, 32)
-        self.table.weight.data.clamp_(min=-2.5)[5, 3] = 3.5
-        self.norm = torch.nn.LayerNorm(32)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(self.norm(self.table(tokens)), self.table.weight)
-
-
-def test_a_head_tied_to_a_table_is_right(tmp_path: Path) -> None:
-    """With a zero point other than 128 the scores of the largest weights are off by 100 to 230 steps."""
-    torch.manual_seed(0)
-    distance = htp_parity(TiedHead(), torch.randint(0, 64, (1, 16)), 16, tmp_path)
-    assert distance.max_lsb is not None and distance.max_lsb <= 6
-
-
-class NormBetween(torch.nn.Module):
-    """A norm with weight and bias between two layers."""
-
-    def __init__(self, norm: torch.nn.Module) -> None:
-        super().__init__()
-        self.first, self.norm = torch.nn.Linear(64, 64), norm
-        for parameter in norm.parameters():
-            torch.nn.init.uniform_(parameter, 0.2, 1.5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return -self.norm(self.first(x))
-
-
-@pytest.mark.parametrize("norm", [torch.nn.LayerNorm(64), torch.nn.RMSNorm(64)])
-def test_norms_at_8_bits_are_rounded_as_simulated(norm: torch.nn.Module, tmp_path: Path) -> None:
-    """Else a LayerNorm is 0.25 steps off in the mean by its bias, an RMSNorm 0.45 and always down."""
-    torch.manual_seed(0)
-    distance = htp_parity(NormBetween(norm), torch.randn(1, 32, 64), 8, tmp_path)
-    assert distance.mean_lsb is not None and distance.mean_lsb <= 0.15
-    assert distance.max_lsb is not None and distance.max_lsb < 2.5
 
 
 # What is refused
