@@ -29,6 +29,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "fold-constants": "fraqat_compiler.passes.fold_constants:FoldConstants",
         "fold-batch-norm": "fraqat_compiler.passes.fold_batch_norm:FoldBatchNorm",
         "merge-dimensions": "fraqat_compiler.passes.merge_dimensions:MergeDimensions",
+        "flatten-silus": "fraqat_compiler.passes.flatten_silus:FlattenSilus",
         "reduce-rank": "fraqat_compiler.passes.reduce_rank:ReduceRank",
         "simplify-shapes": "fraqat_compiler.passes.simplify_shapes:SimplifyShapes",
         "divide-by-roots": "fraqat_compiler.passes.divide_by_roots:DivideByRoots",

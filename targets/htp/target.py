@@ -114,7 +114,7 @@ class HtpTarget(Target):
         """Shapes are simplified last: what the passes before them write out has some too."""
         fusions = "divide-by-roots,fuse-rms-norm,fuse-gelu,rotate-pairs"
         text = super().prepare_pipeline().replace("decompose-attention", f"{fusions},decompose-attention")
-        return ",".join((text, *LEGALIZE, "merge-dimensions,reduce-rank,simplify-shapes"))
+        return ",".join((text, *LEGALIZE, "merge-dimensions,flatten-silus,reduce-rank,simplify-shapes"))
 
     def lower_pipeline(self) -> str:
         """Opset 23 has RMSNormalization; the rest is what the library refuses or computes wrongly, pass by pass."""
