@@ -32,7 +32,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = {
         "flatten-silus": "fraqat_compiler.passes.flatten_silus:FlattenSilus",
         "reduce-rank": "fraqat_compiler.passes.reduce_rank:ReduceRank",
         "simplify-shapes": "fraqat_compiler.passes.simplify_shapes:SimplifyShapes",
-        "divide-by-roots": "fraqat_compiler.passes.divide_by_roots:DivideByRoots",
+        "form-quotients": "fraqat_compiler.passes.form_quotients:FormQuotients",
         "fuse-rms-norm": "fraqat_compiler.passes.fuse_rms_norm:FuseRmsNorm",
         "fuse-gelu": "fraqat_compiler.passes.fuse_gelu:FuseGelu",
         "rotate-pairs": "fraqat_compiler.passes.rotate_pairs:RotatePairs",

@@ -21,7 +21,7 @@ _aten = torch.ops.aten
 class FuseRmsNorm(FxPass):
     """Make one op of an RMSNorm that is written out, and let it see rows of two dimensions.
 
-    Before: `x * rsqrt(mean(x ** 2, -1) + eps) * gamma`, or `x / sqrt(...) * gamma`, as divide-by-roots leaves it.
+    Before: `x * rsqrt(mean(x ** 2, -1) + eps) * gamma`, or `x / sqrt(...) * gamma`, as form-quotients leaves it.
     After: `rms_norm(x, gamma, eps)` between reshapes to [rows, size] and back where x has several leading dimensions.
     Written out it takes five quantizers, one of them on squares, where 8 bits know nothing but the greatest;
     RMSNormalization of opset 23 the HTP library computes within a step, but at 8 bits not over several leading

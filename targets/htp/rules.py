@@ -178,7 +178,7 @@ _RULES = (
     _Rule(
         _reciprocal_of_sqrt,
         "Sqrt then Reciprocal is scaled wrongly where the root stays below 1",
-        "Write Div(1, Sqrt(x)) (pass divide-by-roots), or RMSNormalization of opset 23.",
+        "Write Div(1, Sqrt(x)) (pass form-quotients), or RMSNormalization of opset 23.",
     ),
     _Rule(
         _wide_tanh,

@@ -112,7 +112,7 @@ class HtpTarget(Target):
 
     def prepare_pipeline(self) -> str:
         """Shapes are simplified last: what the passes before them write out has some too."""
-        fusions = "divide-by-roots,fuse-rms-norm,fuse-gelu,rotate-pairs"
+        fusions = "form-quotients,fuse-rms-norm,fuse-gelu,rotate-pairs"
         text = super().prepare_pipeline().replace("decompose-attention", f"{fusions},decompose-attention")
         return ",".join((text, *LEGALIZE, "merge-dimensions,flatten-silus,reduce-rank,simplify-shapes"))
 
