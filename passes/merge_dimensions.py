@@ -17,7 +17,6 @@ from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
 
 _aten = torch.ops.aten
 _SPATIAL = ("aten.conv3d", "aten.conv_transpose3d", "aten.max_pool3d", "aten.avg_pool3d", "aten.upsample_nearest3d")
-_REDUCTIONS = ("aten.mean", "aten.sum", "aten.amax", "aten.amin")
 _OF_ONE_DIMENSION = ("aten.prelu", "aten.glu", "aten.log_softmax", "aten._log_softmax")  # activations that know one
 
 
@@ -59,12 +58,12 @@ def _ranks(node: Node) -> int:
 def _merged(node: Node, rank: int) -> Node | None:
     """The op on so many dimensions, or more where they cannot be merged; None where it is not known how."""
     kind = op_class(node)
-    if op_name(node) in _REDUCTIONS:
-        return _reduction(node, rank)
     if kind == "elementwise" or (kind == "activation" and op_name(node) not in _OF_ONE_DIMENSION):
         return _elementwise(node, rank)
     rewrite = _REWRITES.get(op_name(node))
-    return rewrite(node, rank) if rewrite else None
+    if rewrite is None or node.all_input_nodes[0].op == "get_attr":  # a weight keeps its shape
+        return None
+    return rewrite(node, rank)
 
 
 def _elementwise(node: Node, rank: int) -> Node | None:
@@ -160,6 +159,7 @@ def _without_leading_ones(shape: list[int]) -> list[int]:
 
 _OVER_DIMENSIONS: dict[str, Any] = {"aten.mean": _aten.mean.dim, "aten.sum": _aten.sum.dim_IntList}
 _REWRITES: dict[str, Callable[[Node, int], Node | None]] = {
+    **dict.fromkeys(("aten.mean", "aten.sum", "aten.amax", "aten.amin"), _reduction),
     "aten.softmax": _softmax,
     "aten._softmax": _softmax,
     "aten.matmul": _matmul,

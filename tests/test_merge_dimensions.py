@@ -47,6 +47,9 @@ OTHERS: dict[str, Function] = {
     "shape": lambda x: x.flatten(1, 2).relu(),
     "kept apart": lambda x: x + x[:, :1, :, :1],
     "weight": lambda x: x + WEIGHTS,
+    "made of nothing": lambda x: x[0] + torch.full(SHAPE, 0.5)[0],
+    "sum of a weight": lambda x: x[0] + WEIGHTS.sum(0),
+    "softmax of a weight": lambda x: x[0] + WEIGHTS.softmax(-1)[0],
     "convolution": lambda x: functional.conv3d(x, torch.ones(2, 3, 1, 1, 1)).relu(),
 }
 
