@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,14 +11,14 @@ from torch.fx import GraphModule, Node
 
 from fraqat_compiler import fx_graph
 from fraqat_compiler.layers import layer_name
-from fraqat_compiler.ops import argument, module_path, op_name
+from fraqat_compiler.ops import argument, module_path, op_name, value_of
 from fraqat_compiler.pass_base import FxPass, PassContext, PassResult
 
 _aten = torch.ops.aten
 
 RESAMPLING = "_resampling"  # the end of a matrix's name
 _POOLS = {"aten.adaptive_avg_pool1d": 1, "aten.adaptive_avg_pool2d": 2}
-_ANTIALIASED = {
+_ANTIALIASED: dict[Any, Any] = {
     _aten._upsample_bilinear2d_aa.vec: _aten._upsample_bilinear2d_aa.default,
     _aten._upsample_bicubic2d_aa.vec: _aten._upsample_bicubic2d_aa.default,
 }
@@ -53,7 +53,7 @@ def _is_uneven(node: Node) -> bool:
 
 def _sizes(node: Node) -> dict[int, tuple[int, int]]:
     """Length before and after of each dimension that is resampled, which counts from the end."""
-    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    before, after = value_of(node.all_input_nodes[0]).shape, value_of(node).shape
     count = _POOLS.get(op_name(node), 2)
     return {axis: (before[axis], after[axis]) for axis in range(-count, 0)}
 
@@ -78,7 +78,7 @@ def _matrix(node: Node, axis: int, before: int, after: int) -> Tensor:
     if op_name(node) in _POOLS:
         return torch.nn.functional.adaptive_avg_pool1d(units, after)[0].T.contiguous()
     scales = argument(node, 3)
-    resize = _ANTIALIASED[node.target]  # type: ignore[index]
+    resize = _ANTIALIASED[node.target]
     images: Tensor = resize(units[:, :, None], [1, after], argument(node, 2), None, scales and scales[axis])
     return images[0, :, 0].T.contiguous()
 
